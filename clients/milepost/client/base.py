@@ -1,0 +1,121 @@
+"""What every client shares: one channel, a deadline on each call, retries, errors of our tree.
+
+A client may be used as an async context manager, or closed with `await client.close()`. It holds no state
+of the service it talks to, except `redis_run_id`: the identity of the Redis behind the last reply, so that its
+owner can see it change and restate what it acted on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Any, Self
+
+from google.protobuf.duration_pb2 import Duration
+from grpc.aio import AioRpcError, Channel
+
+from milepost import errors
+from milepost.channel import DEFAULT_RETRY, REDIS_RUN_ID_KEY, RetryPolicy, open_channel
+from milepost.status import from_rpc_error
+
+DEFAULT_TIMEOUT_S = 10.0
+
+
+def duration(seconds: float | None) -> Duration | None:
+    """A protobuf Duration of float seconds; None stays unset."""
+    if seconds is None:
+        return None
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
+
+
+class ServiceClient:
+    """Base of the clients.
+
+    Args:
+      address: `host:port` of the service.
+      timeout_s: deadline of one attempt at a call, besides the time a call is asked to wait.
+      retry: what to do about UNAVAILABLE.
+      channel: an open channel to use instead of a new one; it is not closed with the client.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        retry: RetryPolicy = DEFAULT_RETRY,
+        channel: Channel | None = None,
+    ) -> None:
+        self.address = address
+        self.redis_run_id = ""
+        self._timeout_s = timeout_s
+        self._retry = retry
+        self._owned = channel is None
+        self._channel = channel or open_channel(address)
+
+    async def close(self) -> None:
+        """Closes the channel; calls that are under way end with Cancelled."""
+        if self._owned:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(
+        self, method: Any, request: Any, *, wait_s: float | None = None, timeout_s: float | None = None
+    ) -> Any:
+        """Calls a unary method with a deadline; repeats it while the service is unavailable."""
+        deadline_s = (timeout_s or self._timeout_s) + (wait_s or 0.0)
+
+        async def once() -> Any:
+            call = method(request, timeout=deadline_s)
+            reply = await call
+            for key, value in await call.trailing_metadata():
+                if key == REDIS_RUN_ID_KEY:
+                    self.redis_run_id = str(value)
+            return reply
+
+        return await self._retrying(once)
+
+    async def _retrying(self, once: Callable[[], Any]) -> Any:
+        started = time.monotonic()
+        delay = self._retry.first_delay_s
+        while True:
+            try:
+                return await once()
+            except AioRpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                spent = time.monotonic() - started
+                if not isinstance(error, errors.Unavailable) or spent >= self._retry.retry_for_s:
+                    raise self._explain(error) from rpc_error
+            await asyncio.sleep(random.uniform(0.5, 1.0) * delay)
+            delay = min(2 * delay, self._retry.max_delay_s)
+
+    async def _stream(self, method: Any, request: Any, *, timeout_s: float | None) -> AsyncIterator[Any]:
+        """Iterates over a server's stream; not retried, for the consumer knows where it stands."""
+        call = method(request, timeout=timeout_s)
+        try:
+            async for message in call:
+                yield message
+        except AioRpcError as rpc_error:
+            raise self._explain(from_rpc_error(rpc_error)) from rpc_error
+        finally:
+            call.cancel()
+
+    def _explain(self, error: errors.MilepostError) -> errors.MilepostError:
+        if (
+            isinstance(error, errors.Unavailable | errors.DeadlineExceeded)
+            and self.address not in error.message
+        ):
+            error.message = f"{self.address}: {error.message}"
+        return error

@@ -1,0 +1,93 @@
+"""Client of the fleet: engines and the weight transaction."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator
+from typing import Any
+
+from grpc.aio import AioRpcError
+
+from milepost import types as t
+from milepost.client.base import ServiceClient, duration
+from milepost.convert import from_proto, to_proto
+from milepost.status import from_rpc_error
+from milepost.v1 import router_pb2 as pb
+from milepost.v1 import router_pb2_grpc
+
+
+class RouterClient(ServiceClient):
+    """RouterService."""
+
+    def __init__(self, address: str, **options: Any) -> None:
+        super().__init__(address, **options)
+        self._stub: Any = router_pb2_grpc.RouterServiceStub(self._channel)
+
+    async def register_engine(self, engine: t.Engine, *, admin_api_key: str = "") -> t.Registration:
+        """Adds an engine, or brings it back."""
+        request = pb.RegisterEngineRequest(engine=to_proto(engine), admin_api_key=admin_api_key)
+        return from_proto(t.Registration, await self._call(self._stub.RegisterEngine, request))
+
+    async def heartbeat(self, engine_id: str, *, instance_id: str) -> t.EngineState:
+        """Keeps a registered engine alive; NotFound: register again."""
+        request = pb.HeartbeatRequest(engine_id=engine_id, instance_id=instance_id)
+        return t.EngineState((await self._call(self._stub.Heartbeat, request)).state)
+
+    async def drain_engine(self, engine_id: str, *, max_wait_s: float | None = None) -> int:
+        """Sends an engine no new requests; returns how many are still in flight."""
+        request = pb.DrainEngineRequest(engine_id=engine_id, max_wait=duration(max_wait_s))
+        return (await self._call(self._stub.DrainEngine, request, wait_s=max_wait_s)).in_flight
+
+    async def remove_engine(self, engine_id: str) -> bool:
+        """Forgets an engine; False when it was not known."""
+        return (
+            await self._call(self._stub.RemoveEngine, pb.RemoveEngineRequest(engine_id=engine_id))
+        ).removed
+
+    async def list_engines(self, run_id: str = "") -> t.Fleet:
+        """Lists the engines of a run, or all."""
+        reply = await self._call(self._stub.ListEngines, pb.ListEnginesRequest(run_id=run_id))
+        return from_proto(t.Fleet, reply)
+
+    async def watch_fleet(self, run_id: str = "", *, max_interval_s: float = 10.0) -> AsyncIterator[t.Fleet]:
+        """Streams the fleet now, at each change, and at least every `max_interval_s`."""
+        request = pb.WatchFleetRequest(run_id=run_id, max_interval=duration(max_interval_s))
+        async for message in self._stream(self._stub.WatchFleet, request, timeout_s=None):
+            yield from_proto(t.Fleet, message)
+
+    async def prepare_weights(self, request: t.PrepareRequest) -> t.Prepared:
+        """Opens a weight transaction."""
+        reply = await self._call(self._stub.PrepareWeights, to_proto(request), timeout_s=60.0)
+        return from_proto(t.Prepared, reply)
+
+    async def update_weights(
+        self, buckets: AsyncIterable[t.BucketHeader], *, timeout_s: float
+    ) -> AsyncIterator[t.BucketAck]:
+        """Sends bucket headers and yields the members' acknowledgements as they come; never retried."""
+
+        async def requests() -> AsyncIterator[Any]:
+            async for bucket in buckets:
+                yield to_proto(bucket)
+
+        call = self._stub.UpdateWeights(requests(), timeout=timeout_s)
+        try:
+            async for message in call:
+                yield from_proto(t.BucketAck, message)
+        except AioRpcError as rpc_error:
+            raise self._explain(from_rpc_error(rpc_error)) from rpc_error
+        finally:
+            call.cancel()
+
+    async def commit_weights(
+        self, transaction_id: str, *, fleet_epoch: int, term: int, num_buckets: int, timeout_s: float = 60.0
+    ) -> t.Committed:
+        """Verifies and publishes; idempotent."""
+        request = pb.CommitWeightsRequest(
+            transaction_id=transaction_id, fleet_epoch=fleet_epoch, term=term, num_buckets=num_buckets
+        )
+        reply = await self._call(self._stub.CommitWeights, request, timeout_s=timeout_s)
+        return from_proto(t.Committed, reply)
+
+    async def abort_weights(self, transaction_id: str, *, term: int, reason: str) -> tuple[str, ...]:
+        """Ends a transaction without publishing; returns the engines that are STALE now."""
+        request = pb.AbortWeightsRequest(transaction_id=transaction_id, term=term, reason=reason)
+        return tuple((await self._call(self._stub.AbortWeights, request, timeout_s=60.0)).stale)
