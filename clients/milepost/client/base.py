@@ -1,8 +1,8 @@
 """What every client shares: one channel, a deadline on each call, retries, errors of our tree.
 
 A client may be used as an async context manager, or closed with `await client.close()`. It holds no state
-of the service it talks to, except `redis_run_id`: the identity of the Redis behind the last reply, so that its
-owner can see it change and restate what it acted on.
+of the service it talks to, except `redis_run_id`: the identity of the Redis behind the last reply, so that
+its owner can see it change and restate what it acted on.
 """
 
 from __future__ import annotations

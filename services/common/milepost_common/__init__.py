@@ -1,0 +1,1 @@
+"""What services share: settings, process, server. No domain logic."""

@@ -1,4 +1,4 @@
-"""Settings of a service: defaults < TOML table < environment < flags; unknown keys are refused with the nearest one.
+"""Settings of a service: defaults < TOML table < environment < flags; unknown keys are refused by name.
 
     class RouterSettings(ServiceSettings, table="router"):
         listen: str = "127.0.0.1:7102"
@@ -6,7 +6,8 @@
     settings = load(RouterSettings, ["--config", "milepost.toml", "--listen", "0.0.0.0:7102"])
 
 One TOML file serves all services; each reads the table it names. The environment variable of a key is
-`MILEPOST_<TABLE>__<KEY>` with `__` between levels; its flag is `--key value`, or `--outer.inner value` for a nested one.
+`MILEPOST_<TABLE>__<KEY>` with `__` between levels; its flag is `--key value`, or `--outer.inner value` for a
+nested one.
 A class that names more tables (`tables=("run",)`) finds each under the attribute of that name.
 """
 
@@ -180,7 +181,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = [o for a in self._actions for o in a.option_strings]
-        word = message.rsplit(" ", 1)[-1].split("=")[0]
+        word = next((w.split("=")[0] for w in message.split() if w.startswith("-")), "")
         hint = f"; {nearest(word, known)}" if "unrecognized" in message else ""
         raise InvalidArgument(f"{message}{hint}", reason="BAD_SETTING")
 

@@ -1,0 +1,99 @@
+"""What every service process does first: allocator, signals, logs, and an end that its parent can rely on.
+
+    if __name__ == "__main__":
+        sys.exit(run("router", main))
+
+`main(stop)` is a coroutine that serves until the event `stop` is set (SIGTERM or SIGINT set it) and returns the
+exit status. A second signal, or `STOP_DEADLINE_S` after the first, ends the process whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+STOP_DEADLINE_S = 30.0
+_PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MMAP_THRESHOLD_BYTES = 64 * 1024 * 1024
+
+Main = Callable[[asyncio.Event], Awaitable[int]]
+log = logging.getLogger(__name__)
+
+
+def run(name: str, main: Main, *, stop_deadline_s: float = STOP_DEADLINE_S) -> int:
+    """Runs a service's coroutine under uvloop until a signal stops it; returns the exit status."""
+    import uvloop
+
+    set_up_logging(name)
+    faulthandler.enable()
+    tune_malloc()
+    if os.environ.get("MILEPOST_DIE_WITH_PARENT") == "1":
+        die_with_parent()
+    return uvloop.run(_until_stopped(main, stop_deadline_s))
+
+
+async def _until_stopped(main: Main, stop_deadline_s: float) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            log.warning("second %s: leaving at once", number.name)
+            os._exit(128 + number)
+        log.info("%s: stopping within %.0f s", number.name, stop_deadline_s)
+        stop.set()
+        loop.call_later(stop_deadline_s, _give_up, stop_deadline_s)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return await main(stop)
+
+
+def _give_up(deadline_s: float) -> None:
+    log.error("not stopped after %.0f s: leaving; stacks follow", deadline_s)
+    faulthandler.dump_traceback()
+    os._exit(70)
+
+
+def set_up_logging(name: str) -> None:
+    """Logs to stderr, one line an event; MILEPOST_LOG sets the level (default INFO)."""
+    level = os.environ.get("MILEPOST_LOG", "INFO").upper()
+    logging.basicConfig(
+        level=level,
+        stream=sys.stderr,
+        format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+
+
+def announce(name: str, **addresses: str) -> None:
+    """Prints the readiness line, `milepost <name> ready grpc=host:port ...`, exactly once."""
+    parts = " ".join(f"{key}={value}" for key, value in addresses.items() if value)
+    print(f"milepost {name} ready {parts}", flush=True)
+
+
+def tune_malloc() -> None:
+    """Keeps MiB-size buffers on the heap: with glibc's default each message is mapped and unmapped anew."""
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _MMAP_THRESHOLD_BYTES)
+
+
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Asks the kernel for `number` when the parent ends (Linux), so that no child outlives its owner."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:  # it went away before the request
+        os.kill(os.getpid(), number)

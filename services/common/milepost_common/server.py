@@ -1,0 +1,160 @@
+"""The gRPC half of a service: health, reflection, errors, and a stop with a deadline.
+
+    async with GrpcServer(listen="127.0.0.1:0") as server:
+        server.add(buffer_pb2_grpc.add_BufferServiceServicer_to_server, servicer, "milepost.v1.BufferService")
+        await server.start()
+        announce("buffer", grpc=server.address)
+        await stop.wait()
+
+Servicers raise `milepost.errors`; the interceptor here turns them into a status with google.rpc.ErrorInfo.
+Anything else that they raise is a defect: logged with its stack, and INTERNAL for the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import Any, NoReturn, Self, cast
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from milepost import errors
+from milepost.channel import SERVER_OPTIONS
+from milepost.status import DETAILS_KEY, to_status_bytes
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 5.0
+
+
+class GrpcServer:
+    """One listening gRPC server.
+
+    Args:
+      listen: `host:port`; port 0 takes a free one.
+      advertise: the address under which others reach it; unset: `listen` with the real port.
+      grace_s: how long calls may go on once it stops.
+    """
+
+    def __init__(self, *, listen: str, advertise: str = "", grace_s: float = GRACE_S) -> None:
+        self._listen, self._advertise, self._grace_s = listen, advertise, grace_s
+        self._server = aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        self._health = HealthServicer()
+        self._names: list[str] = []
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        """The address to give to others."""
+        return self._advertise or f"{self._listen.rpartition(':')[0]}:{self.port}"
+
+    def add(self, add_to_server: Callable[[Any, Any], None], servicer: Any, name: str) -> None:
+        """Adds a servicer; `name` is its full service name, for health and reflection."""
+        add_to_server(servicer, self._server)
+        self._names.append(name)
+
+    async def start(self) -> None:
+        """Binds and serves; the port is known afterwards.
+
+        Raises:
+          Unavailable: the address cannot be bound.
+        """
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
+        )
+        try:
+            self.port = self._server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            message = f"listen = {self._listen}: cannot bind; is the port taken? choose another one"
+            raise errors.Unavailable(message, reason="BIND_FAILED") from error
+        await self._server.start()
+        for name in ("", *self._names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Refuses new calls, gives running ones the grace, then ends them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._grace_s)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+
+class ErrorInterceptor(aio.ServerInterceptor):
+    """Turns what servicers raise into a gRPC status with details."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wraps the handler by its kind."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method = str(handler_call_details.method)
+        codec: dict[str, Any] = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if not handler.response_streaming:
+            inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            make: Any = (
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            return make(_guard_unary(inner, method), **codec)
+        inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        return make(_guard_stream(inner, method), **codec)
+
+
+def _guard_unary(inner: Any, method: str) -> Any:
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            return await inner(request, context)
+        except (asyncio.CancelledError, aio.AbortError):
+            raise
+        except Exception as error:
+            await _abort(context, error, method)
+
+    return guarded
+
+
+def _guard_stream(inner: Any, method: str) -> Any:
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for reply in inner(request, context):
+                yield reply
+        except (asyncio.CancelledError, aio.AbortError, GeneratorExit):
+            raise
+        except Exception as error:
+            await _abort(context, error, method)
+
+    return guarded
+
+
+async def _abort(context: Any, error: Exception, method: str) -> NoReturn:
+    if not isinstance(error, errors.MilepostError):
+        log.exception("%s failed", method, exc_info=error)
+        error = errors.Internal(f"{method}: {type(error).__name__}: {error}; please report this")
+    trailing = (*cast(Any, context.trailing_metadata() or ()), (DETAILS_KEY, to_status_bytes(error)))
+    await context.abort(error.code, error.message, trailing)
+    raise AssertionError("abort returned")
