@@ -3,7 +3,7 @@
     if __name__ == "__main__":
         sys.exit(run("router", main))
 
-`main(stop)` is a coroutine that serves until the event `stop` is set (SIGTERM or SIGINT set it) and returns the
+`main(stop)` is a coroutine that serves until the event `stop` is set (by SIGTERM or SIGINT) and returns the
 exit status. A second signal, or `STOP_DEADLINE_S` after the first, ends the process whatever it is doing.
 """
 
