@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = (
-    "milepost", "milepost_common", "milepost_buffer", "milepost_router", "milepost_rollout", "milepost_engine",
-    "milepost_trainer",
+    "milepost", "milepost_common", "milepost_buffer", "milepost_router", "milepost_rollout",
+    "milepost_engine", "milepost_trainer",
 )  # fmt: skip
 FOLDERS = {
     "milepost": "clients",
