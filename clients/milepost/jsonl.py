@@ -1,12 +1,13 @@
 """Prompts from JSONL: one JSON object a line becomes one `Prompt`.
 
-    {"prompt": "17+25=", "label": "42"}
-    {"prompt_id": "a", "messages": [{"role": "user", "content": "hi"}], "metadata": {"level": 3}, "reward": "exact"}
-    {"input_ids": [1, 2, 3], "sampling": {"temperature": 0.7, "max_new_tokens": 64}}
+    {"prompt": "17+25=", "label": "42"} {"prompt_id": "a", "messages": [{"role": "user", "content": "hi"}],
+    "metadata": {"level": 3}, "reward": "exact"} {"input_ids": [1, 2, 3], "sampling": {"temperature": 0.7,
+    "max_new_tokens": 64}}
 
-Exactly one of `prompt`, `messages` and `input_ids`; everything else is optional. A prompt without an id is called
-`<dataset>/<epoch>/<index>`, index being the number of the line from 0, so that a file read twice names its prompts alike.
-A line that cannot be used is an `InvalidArgument` that names line, field, value and remedy, and the lines after it go on.
+Exactly one of `prompt`, `messages` and `input_ids`; everything else is optional. A prompt without an id is
+called `<dataset>/<epoch>/<index>`, index being the number of the line from 0, so that a file read twice names
+its prompts alike. A line that cannot be used is an `InvalidArgument` that names line, field, value and
+remedy, and the lines after it go on.
 """
 
 from __future__ import annotations
@@ -266,5 +267,7 @@ def _sampling(value: Any) -> SamplingParams | None:
         wanted, fits = _SAMPLING[name]
         if not fits(v):
             raise _Wrong(f"sampling.{name}", v, wanted, "change it, or leave it out for the run's value")
-    lists = {name: tuple(params.pop(name)) for name in ("stop", "stop_token_ids") if name in params}
-    return SamplingParams(**params, **lists)
+    for name in ("stop", "stop_token_ids"):
+        if name in params:
+            params[name] = tuple(params[name])
+    return SamplingParams(**params)
