@@ -1,0 +1,83 @@
+"""Makes an engine known to its router, and keeps it known.
+
+    engine process                      router
+      register(engine, instance) ------>  JOINING ... STALE | SERVING(v)
+      heartbeat every interval   ------>  alive
+      (NOT_FOUND: register again)
+      drain, remove              ------>  no new requests; forgotten
+
+The registrar owns one task. It ends with `close()`, which drains within a deadline; a router that is away never
+keeps the engine from starting or from stopping.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from milepost.channel import NO_RETRY
+from milepost.client import RouterClient
+from milepost.errors import MilepostError, NotFound
+from milepost.types import Engine
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+DRAIN_S = 5.0
+
+
+class Registrar:
+    """Registers one engine and sends its heartbeats.
+
+    Args:
+      router: `host:port` of the router's gRPC side.
+      engine: what to register; `instance_id` must be new at each start of the process.
+      admin_api_key: key of the engine's admin routes, which the router needs.
+    """
+
+    def __init__(self, router: str, *, engine: Engine, admin_api_key: str = "") -> None:
+        self._client = RouterClient(router, retry=NO_RETRY, timeout_s=5.0)
+        self._engine = engine
+        self._key = admin_api_key
+        self._task: asyncio.Task[None] | None = None
+        self._registered = False
+
+    def start(self) -> None:
+        """Starts the task."""
+        self._task = asyncio.create_task(self._keep_known(), name="registrar")
+
+    async def close(self) -> None:
+        """Drains and removes the engine, within `DRAIN_S`, if the router is there."""
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        try:
+            if self._registered:
+                async with asyncio.timeout(DRAIN_S):
+                    await self._client.drain_engine(self._engine.engine_id, max_wait_s=DRAIN_S / 2)
+                    await self._client.remove_engine(self._engine.engine_id)
+        except (MilepostError, TimeoutError) as error:
+            log.warning("engine %s leaves without the router's consent: %s", self._engine.engine_id, error)
+        finally:
+            await self._client.close()
+
+    async def _keep_known(self) -> None:
+        failed = ""
+        while True:
+            try:
+                await self._register_and_beat()
+            except NotFound:
+                log.info("router %s does not know this engine: registering again", self._client.address)
+            except MilepostError as error:
+                if str(error) != failed:
+                    log.warning("cannot register with the router: %s; trying on", error)
+                failed = str(error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _register_and_beat(self) -> None:
+        registration = await self._client.register_engine(self._engine, admin_api_key=self._key)
+        self._registered = True
+        log.info("registered with router %s as %s", self._client.address, self._engine.engine_id)
+        while True:
+            await asyncio.sleep(registration.heartbeat_interval_s)
+            await self._client.heartbeat(self._engine.engine_id, instance_id=self._engine.instance_id)
