@@ -1,0 +1,252 @@
+"""The FSDP2 backend: parameters sharded over a one-dimensional mesh, on any device torch knows.
+
+    micro-batch --Policy (gathered layer by layer)--> token loss * weights --backward--> sharded gradients
+    step: clip to the global norm -> AdamW at the scheduled rate -> clear
+
+Loss convention: weights already carry 1 / (tokens of all ranks), and FSDP averages gradients over ranks, so
+the local loss is multiplied by the number of ranks. One rank without mixed precision is not wrapped at all:
+same numbers, no hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from milepost_trainer import buckets as bucket_plan
+from milepost_trainer.backends.base import Backend, MicroBatchResult, StepResult
+from milepost_trainer.batch import MicroBatch
+from milepost_trainer.buckets import Bucket
+from milepost_trainer.export import write_hf_export
+from milepost_trainer.objectives.base import Objective
+from milepost_trainer.policy import Policy, load_policy
+from milepost_trainer.schedule import learning_rate
+from milepost_trainer.settings import TrainerSettings
+from milepost_trainer.world import World
+
+_PREFIX = "lm."
+
+
+class FsdpBackend(Backend):
+    """A causal LM sharded by ``fully_shard``, trained by AdamW."""
+
+    def __init__(self, settings: TrainerSettings, world: World, *, with_reference: bool = False) -> None:
+        """Load, shard and make ready to train.
+
+        Args:
+            settings: the trainer's.
+            world: the ranks, all of which build at once.
+            with_reference: also load the frozen reference model.
+        """
+        self.world = world
+        self.num_updates = 0
+        self._settings = settings
+        self._policy = self._load(settings.model_dir, settings.initial_weights).train()
+        self._reference = self._load_reference() if with_reference else None
+        self._named = _publishable(self._policy)
+        adam = settings.optimizer
+        self._parameters = [p for p in self._policy.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=adam.lr,
+            betas=adam.betas,
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            fused=True,
+        )
+        for parameter in self._parameters:
+            self._optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=world.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    # ------------------------------------------------------------------ training
+
+    def forward_logprobs(self, batch: MicroBatch, *, reference: bool = False) -> torch.Tensor:
+        """See ``Backend.forward_logprobs``."""
+        model = self._reference if reference else self._policy
+        if model is None:
+            raise RuntimeError("no reference model was loaded: build the backend with with_reference=True")
+        with torch.no_grad():
+            return model(batch).logprobs.float()
+
+    def train_micro_batch(self, batch: MicroBatch, objective: Objective, *, last: bool) -> MicroBatchResult:
+        """See ``Backend.train_micro_batch``."""
+        if isinstance(self._policy, FSDPModule):
+            self._policy.set_requires_gradient_sync(last or self._settings.fsdp.reduce_every_micro_batch)
+        scores = self._policy(batch, with_entropy=self._settings.objective.entropy)
+        result = objective.token_loss(batch, scores)
+        loss = (result.loss * batch.weights).sum()
+        (loss * self.world.size).backward()
+        reports = dict(result.reports)
+        if scores.entropy is not None:
+            reports["entropy"] = scores.entropy
+        return _summarise(loss.detach(), batch, reports)
+
+    def step(self) -> StepResult:
+        """See ``Backend.step``."""
+        rate = self._rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        norm = _full(
+            nn.utils.clip_grad_norm_(self._parameters, self._settings.optimizer.max_grad_norm)
+        ).item()
+        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        if not skipped:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.num_updates += 1
+        return StepResult(grad_norm=norm, learning_rate=rate, skipped=skipped)
+
+    def _rate(self) -> float:
+        schedule = self._settings.schedule
+        return learning_rate(
+            self.num_updates,
+            peak=self._settings.optimizer.lr,
+            kind=schedule.kind,
+            warmup_updates=schedule.warmup_updates,
+            total_updates=schedule.total_updates,
+            final_fraction=schedule.final_fraction,
+        )
+
+    # ------------------------------------------------------------------ reading out
+
+    def plan_buckets(self, *, bucket_bytes: int, wire_dtype: str | None) -> tuple[Bucket, ...]:
+        """See ``Backend.plan_buckets``."""
+        tensors = [
+            (name, _wire(tensor.dtype, wire_dtype), tuple(tensor.shape))
+            for name, tensor in self._named.items()
+        ]
+        return bucket_plan.plan_buckets(tensors, bucket_bytes=bucket_bytes)
+
+    def gather_bucket(self, bucket: Bucket) -> torch.Tensor | None:
+        """See ``Backend.gather_bucket``."""
+        flat: torch.Tensor | None = None
+        if self.world.leads:
+            flat = torch.empty(bucket.size_bytes, dtype=torch.uint8, device=self.world.device)
+        for slot in bucket.slots:
+            whole = _full(self._named[slot.name].detach())
+            if flat is not None:
+                raw = whole.to(bucket_plan.DTYPES[slot.dtype]).contiguous().reshape(-1).view(torch.uint8)
+                flat[slot.offset_bytes : slot.offset_bytes + slot.size_bytes].copy_(raw)
+        return flat
+
+    def export_hf(self, directory: Path) -> None:
+        """See ``Backend.export_hf``."""
+        whole: dict[str, torch.Tensor] = {}
+        for name, tensor in self._named.items():
+            gathered = _full(tensor.detach())
+            if self.world.leads:
+                whole[name] = gathered.cpu().clone()
+        if self.world.leads:
+            write_hf_export(
+                directory, model=self._policy.lm, tensors=whole, source=Path(self._settings.model_dir)
+            )
+        self.world.barrier()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save(self, directory: Path) -> None:
+        """See ``Backend.save``."""
+        state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=self.world.mesh is None)
+
+    def load(self, directory: Path) -> None:
+        """See ``Backend.load``."""
+        state = self._state()
+        state_dict_loader.load(state, checkpoint_id=directory, no_dist=self.world.mesh is None)
+        for parameter in self._parameters:
+            self._optimizer.state[parameter]["step"].copy_(state["counters"]["adam_steps"])
+        self.num_updates = int(state["counters"]["num_updates"])
+        torch.set_rng_state(state["random"])
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that a checkpoint holds; loading writes into these very tensors."""
+        adam = self._optimizer.state
+        moments = {
+            name: {kind: adam[tensor][kind] for kind in ("exp_avg", "exp_avg_sq")}
+            for name, tensor in self._named.items()
+            if tensor in adam
+        }
+        return {
+            "model": {name: tensor.detach() for name, tensor in self._named.items()},
+            "optimizer": moments,
+            "counters": {
+                "num_updates": torch.tensor(self.num_updates),
+                "adam_steps": adam[self._parameters[0]]["step"].cpu().clone(),
+            },
+            "random": torch.get_rng_state(),
+        }
+
+    # ------------------------------------------------------------------ building
+
+    def _load(self, model_dir: str, initial_weights: str) -> Policy:
+        settings = self._settings
+        policy = load_policy(
+            Path(model_dir),
+            dtype=bucket_plan.DTYPES[settings.dtype],
+            initial_weights=initial_weights,
+            seed=settings.seed,
+            head_chunk_tokens=settings.head_chunk_tokens,
+        ).to(self.world.device)
+        if settings.fsdp.activation_checkpointing:
+            cast(Any, policy.lm).gradient_checkpointing_enable({"use_reentrant": False})
+        if self.world.mesh is not None:
+            _shard(policy, settings, self.world)
+        return policy
+
+    def _load_reference(self) -> Policy:
+        named = self._settings.reference_dir
+        weights = "load" if named else self._settings.initial_weights
+        return self._load(named or self._settings.model_dir, weights).eval().requires_grad_(False)
+
+
+def _shard(policy: Policy, settings: TrainerSettings, world: World) -> None:
+    compute = settings.compute_dtype or settings.dtype
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if compute == settings.dtype else bucket_plan.DTYPES[compute],
+        reduce_dtype=None if compute == settings.dtype else bucket_plan.DTYPES[settings.dtype],
+    )
+    reshard = settings.fsdp.reshard_after_forward
+    for layer in policy.layers:
+        fully_shard(layer, mesh=world.mesh, mp_policy=precision, reshard_after_forward=reshard)
+    fully_shard(policy, mesh=world.mesh, mp_policy=precision, reshard_after_forward=False)
+
+
+def _publishable(policy: Policy) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by Hugging Face name, tied ones once."""
+    state = policy.state_dict(keep_vars=True)
+    named: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            named[name.removeprefix(_PREFIX)] = tensor
+    return named
+
+
+def _wire(dtype: torch.dtype, wire_dtype: str | None) -> str:
+    return wire_dtype if wire_dtype and dtype.is_floating_point else bucket_plan.dtype_name(dtype)
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a maybe sharded tensor, on every rank (collective)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _summarise(
+    loss: torch.Tensor, batch: MicroBatch, reports: Mapping[str, torch.Tensor]
+) -> MicroBatchResult:
+    """Bring all numbers to the host in one transfer; the dummy of an idle rank counts as nothing."""
+    if not batch.has_loss:
+        return MicroBatchResult(loss=0.0, num_tokens=0, sums=dict.fromkeys(reports, 0.0))
+    values = torch.stack([loss.double(), *(value.double().sum() for value in reports.values())]).tolist()
+    sums = dict(zip(reports, values[1:], strict=True))
+    return MicroBatchResult(loss=values[0], num_tokens=batch.num_predicted, sums=sums)

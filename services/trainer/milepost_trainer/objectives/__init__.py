@@ -1,0 +1,2 @@
+"""Objectives: one small file per algorithm, pure functions on packed tensors behind one interface
+(``base``)."""
