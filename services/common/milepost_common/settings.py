@@ -69,16 +69,30 @@ def load(kind: type[S], argv: Sequence[str] | None = None, *, environ: Mapping[s
     Raises:
       InvalidArgument: names the key, its value, where it came from and the remedy.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
-    config, rest = _take_config(args)
-    environment = os.environ if environ is None else environ
     merged: dict[str, Any] = {}
-    for layer in (_from_file(kind, config), _from_environment(kind, environment), _from_flags(kind, rest)):
+    for _, layer in layers(kind, argv, environ=environ):
         _merge(merged, layer)
     try:
         return kind(**merged)
     except ValidationError as error:
         raise InvalidArgument(explain(kind, error), reason="BAD_SETTING") from error
+
+
+def layers(
+    kind: type[ServiceSettings],
+    argv: Sequence[str] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+) -> list[tuple[str, dict[str, Any]]]:
+    """What each source says, before it is validated, from the weakest to the strongest: `(name, values)`."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    config, rest = _take_config(args)
+    environment = os.environ if environ is None else environ
+    return [
+        ("file", _from_file(kind, config)),
+        ("environment", _from_environment(kind, environment)),
+        ("flag", _from_flags(kind, rest)),
+    ]
 
 
 def load_or_exit(kind: type[S], argv: Sequence[str] | None = None) -> S:
