@@ -1,0 +1,220 @@
+"""What the router says to one engine: SGLang's HTTP surface, one method a route, a deadline on each.
+
+An engine's answer is one of three:
+- it did it: the JSON of its reply;
+- `EngineRefused`: it said no (HTTP 4xx, or `success: false`), so it lives and says why;
+- `EngineBroken`: no reply, a late one, HTTP 5xx, or one that is no JSON object. Whether it did it is unknown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import orjson
+
+from milepost.types import TensorSpec
+from milepost_router.record import EngineRecord
+from milepost_router.upstream import Died, GaveUp, Pool, UpstreamError
+
+MAX_REPLY_BYTES = 16 * 1024 * 1024
+
+
+class EngineFault(Exception):
+    """An engine did not do what it was told."""
+
+
+class EngineRefused(EngineFault):
+    """It answered no."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class EngineBroken(EngineFault):
+    """It did not answer, or not sensibly."""
+
+
+class EngineApi:
+    """Calls to one engine.
+
+    Args:
+      pool: connections.
+      record: the engine; its URL and key are read at each call.
+      timeout_s: deadline of a call that names none.
+    """
+
+    def __init__(self, pool: Pool, record: EngineRecord, *, timeout_s: float) -> None:
+        self._pool, self._record, self._timeout_s = pool, record, timeout_s
+
+    # ------------------------------------------------------------------------------------ looking
+
+    async def health(self, *, timeout_s: float) -> None:
+        """It says that it is well."""
+        await self._call("GET", "/health", timeout_s=timeout_s, json_reply=False)
+
+    async def model_info(self, *, timeout_s: float) -> dict[str, Any]:
+        """`weight_version` and what it is made of."""
+        return await self._call("GET", "/model_info", timeout_s=timeout_s)
+
+    async def server_info(self) -> dict[str, Any]:
+        """Version and launch arguments."""
+        return await self._call("GET", "/server_info")
+
+    async def checksum(self) -> dict[str, Any]:
+        """Digest of its weights; also waits until they are written."""
+        return await self._call("POST", "/weights_checker", {"action": "checksum"})
+
+    async def read_back(self, name: str) -> None:
+        """Reads one parameter, which waits until the weights are written."""
+        body = {"name": name, "truncate_size": 1}
+        await self._call("POST", "/get_weights_by_name", body, json_reply=False)
+
+    # ------------------------------------------------------------------------------------ requests
+
+    async def pause(self, mode: str) -> None:
+        """Stops generating: `retract`, `in_place` or `abort`."""
+        await self._call("POST", "/pause_generation", {"mode": mode}, json_reply=False)
+
+    async def resume(self) -> None:
+        """Goes on generating; no effect where it was not paused."""
+        await self._call("POST", "/continue_generation", {}, json_reply=False)
+
+    async def abort_all(self) -> None:
+        """Ends every request with the tokens it has."""
+        await self._call("POST", "/abort_request", {"rid": "", "abort_all": True}, json_reply=False)
+
+    async def flush_cache(self) -> None:
+        """Forgets cached prefixes."""
+        await self._call("POST", "/flush_cache", {}, json_reply=False)
+
+    # ------------------------------------------------------------------------------------ weights
+
+    async def set_version(self, text: str) -> None:
+        """Sets its version string; running requests stay."""
+        body = {"new_version": text, "abort_all_requests": False}
+        await self._call("POST", "/update_weight_version", body)
+
+    async def begin_update(self) -> None:
+        """Opens its update session."""
+        await self._call("POST", "/begin_weight_update", {}, json_reply=False)
+
+    async def end_update(self) -> None:
+        """Closes its update session."""
+        await self._call("POST", "/end_weight_update", {}, json_reply=False)
+
+    async def join_group(self, group: Mapping[str, Any], *, timeout_s: float) -> None:
+        """Joins the trainer's process group."""
+        await self._call("POST", "/init_weights_update_group", group, timeout_s=timeout_s)
+
+    async def leave_group(self, group_name: str) -> None:
+        """Leaves the process group, also out of the middle of a broadcast."""
+        await self._call("POST", "/destroy_weights_update_group", {"group_name": group_name})
+
+    async def receive_broadcast(
+        self, tensors: Sequence[TensorSpec], group_name: str, *, timeout_s: float
+    ) -> None:
+        """Takes one flattened bucket from the group's rank 0."""
+        body = {
+            "names": [x.name for x in tensors],
+            "dtypes": [x.dtype for x in tensors],
+            "shapes": [list(x.shape) for x in tensors],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+            "abort_all_requests": False,
+        }
+        await self._call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
+
+    async def receive_handles(self, handles: Sequence[str], *, timeout_s: float) -> None:
+        """Takes one flattened bucket by handles, one a tensor-parallel rank."""
+        body = {
+            "serialized_named_tensors": list(handles),
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+            "abort_all_requests": False,
+        }
+        await self._call("POST", "/update_weights_from_tensor", body, timeout_s=timeout_s)
+
+    async def load_folder(self, folder: str, *, timeout_s: float) -> None:
+        """Loads safetensors from a folder."""
+        body = {"model_path": folder, "flush_cache": False, "abort_all_requests": False}
+        await self._call("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
+
+    # ------------------------------------------------------------------------------------ the call
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+        json_reply: bool = True,
+    ) -> dict[str, Any]:
+        where = f"{self._record.engine_id}: {method} {path}"
+        deadline_s = timeout_s or self._timeout_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                status, raw = await self._exchange(method, path, body)
+        except TimeoutError:
+            raise EngineBroken(f"{where}: no answer within {deadline_s:g} s") from None
+        except UpstreamError as error:
+            raise EngineBroken(f"{where}: {error}") from error
+        return _judge(where, status, raw, json_reply=json_reply)
+
+    async def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
+        """One request; asked again once where a kept connection turned out to be closed."""
+        url = urlsplit(self._record.url)
+        payload = b"" if body is None else orjson.dumps(body)
+        lines = [f"{method} {url.path.rstrip('/')}{path} HTTP/1.1", f"host: {url.netloc}"]
+        if self._record.admin_api_key:
+            lines.append(f"authorization: Bearer {self._record.admin_api_key}")
+        if body is not None:
+            lines += ["content-type: application/json", f"content-length: {len(payload)}"]
+        head = "\r\n".join([*lines, "", ""]).encode()
+        for fresh in (False, True):
+            connection = await self._pool.connect(self._record.url, fresh=fresh)
+            try:
+                connection.send(head, payload)
+                reply = await connection.reply()
+                raw, whole = await connection.body(MAX_REPLY_BYTES)
+                if not whole:
+                    raise Died(f"its answer is larger than {MAX_REPLY_BYTES} bytes")
+                return reply.status, raw
+            except Died as error:
+                if not connection.reused or error.got_bytes:
+                    raise
+            finally:
+                self._pool.release(connection)
+        raise GaveUp("no connection")
+
+
+def _judge(where: str, status: int, raw: bytes, *, json_reply: bool) -> dict[str, Any]:
+    """Sorts an answer into done, refused and broken."""
+    try:
+        parsed: object = orjson.loads(raw) if raw else {}
+    except orjson.JSONDecodeError:
+        parsed = None
+    answer = cast(dict[str, Any], parsed) if isinstance(parsed, dict) else None
+    said = _message(answer) if answer is not None else raw[:200].decode("utf-8", "replace")
+    if status >= 500:
+        raise EngineBroken(f"{where}: HTTP {status}: {said}")
+    if status != 200:
+        raise EngineRefused(f"{where}: HTTP {status}: {said}", status)
+    if answer is None and json_reply:
+        raise EngineBroken(f"{where}: its answer is no JSON object: {raw[:80]!r}")
+    if answer is not None and answer.get("success") is False:
+        raise EngineRefused(f"{where}: {said}", status)
+    return answer or {}
+
+
+def _message(answer: Mapping[str, Any]) -> str:
+    """The words in an answer, wherever this engine puts them."""
+    error: object = answer.get("error")
+    if isinstance(error, dict):
+        error = cast(dict[str, Any], error).get("message")
+    return str(answer.get("message") or error or answer.get("detail") or orjson.dumps(answer)[:200].decode())

@@ -1,0 +1,371 @@
+"""The HTTP side: a raw ASGI app that passes /generate and /v1/* through to engines, bytes in and bytes out.
+
+    client ──> read body ──> choose an engine ──> send ──> reply head ──> whole body ───────> client
+                    ▲             │ none fits now   │ failed, nothing passed on yet  └ chunks of a stream ─┘
+                    │             └ wait for fleet ─┤
+                    └───────── another engine ──────┘
+
+Nothing is decoded. Everything else goes to the control app (`/health`, `/engines`); no other engine route
+is reachable from here.
+- A reply that is no event stream is read whole before a byte of it is passed on, so that another engine can
+  repair any failure before its end. A stream that broke off ends with an `error` event.
+- Requests in flight stay with an engine through an update. One that is pinned to a version is ended instead.
+- The client closing its connection closes ours: the engine aborts. A deadline and the fleet giving up an engine
+  do the same.
+
+The app owns its passages; the fleet's counters are changed only here (`request_started`, `request_ended`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from milepost.errors import Cancelled, InvalidArgument, MilepostError
+from milepost.types import EngineState
+from milepost_router import headers, proxy_errors, routing
+from milepost_router.fleet import Fleet, Transition
+from milepost_router.passage import Passage
+from milepost_router.record import EngineRecord
+from milepost_router.settings import RouterSettings
+from milepost_router.signals import Signal, wait_for
+from milepost_router.upstream import (
+    Connection,
+    Died,
+    Pool,
+    RawHeaders,
+    Refused,
+    Reply,
+    Rubbish,
+    UpstreamError,
+)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+WHOLE_REPLY_BYTES = 8 * 1024 * 1024
+"""Replies up to this size are read whole before they are passed on."""
+
+log = logging.getLogger(__name__)
+
+
+class ServerError(UpstreamError):
+    """The engine answered with HTTP 5xx."""
+
+    def __init__(self, reply: Reply, body: bytes) -> None:
+        super().__init__(f"HTTP {reply.status}: {body[:200].decode('utf-8', 'replace')}", got_bytes=True)
+        self.reply, self.body = reply, body
+
+
+class Looker(Protocol):
+    """Looks at an engine soon."""
+
+    def __call__(self, record: EngineRecord, /) -> None: ...
+
+
+class Proxy:
+    """The ASGI app.
+
+    Args:
+      fleet: the engines.
+      pool: connections to them.
+      changed: fires when the fleet changed.
+      settings: the router's.
+      control: app for every route that is not passed through.
+      look_at: asks for a probe of an engine that a connection broke to.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        pool: Pool,
+        changed: Signal,
+        *,
+        settings: RouterSettings,
+        control: App,
+        look_at: Looker,
+    ) -> None:
+        self._fleet, self._pool, self._changed = fleet, pool, changed
+        self._settings, self._control, self._look_at = settings, control, look_at
+        self._passages: dict[EngineRecord, set[Passage]] = {}
+        self._hosts: dict[str, str] = {}
+        fleet.subscribe(self._on_transition)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http" or not _is_passed_through(scope["path"]):
+            await self._control(scope, receive, send)
+            return
+        try:
+            request = headers.read(scope["headers"])
+            body = await _read_body(receive, self._settings.max_body_bytes)
+        except InvalidArgument as error:
+            await _answer(send, error)
+            return
+        if body is None:
+            return
+        target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+        deadline_s = request.deadline_s or self._settings.request_timeout_s
+        passage = Passage(request, scope["method"], target, body, deadline_s=deadline_s)
+        watcher: asyncio.Future[Any] = asyncio.ensure_future(receive())
+        watcher.add_done_callback(passage.client_left)
+        try:
+            await self._serve(passage, send)
+        finally:
+            passage.close()
+            watcher.remove_done_callback(passage.client_left)
+            watcher.cancel()
+
+    # ------------------------------------------------------------------------------------ one request
+
+    async def _serve(self, passage: Passage, send: Send) -> None:
+        """Gives the request to one engine after another until one answers, and tells the client otherwise."""
+        try:
+            await self._try_engines(passage, send)
+        except Cancelled:
+            log.debug("%s: the client left", passage.request.ask.describe())
+        except MilepostError as error:
+            if not passage.head_sent:
+                await _answer(send, error)
+            elif passage.streams_events:
+                await send({"type": "http.response.body", "body": proxy_errors.sse_event(error)})
+            else:  # an end without the last chunk: the client must not take it for whole
+                log.warning("a reply broke off: %s", error)
+
+    async def _try_engines(self, passage: Passage, send: Send) -> None:
+        tried: list[EngineRecord] = []
+        failures: list[str] = []
+        while True:
+            record = await self._engine_for(passage, tried, failures)
+            try:
+                await self._with_engine(passage, record, send)
+                return
+            except UpstreamError as error:
+                if passage.over is not None:
+                    raise passage.over from error
+                if passage.head_sent:
+                    raise proxy_errors.stream_broke(f"{record.engine_id}: {error}") from error
+                tried.append(record)
+                failures.append(f"{record.engine_id}: {error}")
+                log.info("%s: attempt %d failed: %s", record.engine_id, len(tried), error)
+                if len(tried) > self._settings.request_retries:
+                    await self._give_up(failures, error, send)
+                    return
+
+    async def _give_up(self, failures: list[str], error: UpstreamError, send: Send) -> None:
+        """Passes on what the last engine said, or says what went wrong."""
+        if not isinstance(error, ServerError):
+            raise proxy_errors.engines_failed(failures) from error
+        passed = headers.with_length(_kept(error.reply.headers), len(error.body))
+        await send({"type": "http.response.start", "status": error.reply.status, "headers": passed})
+        await send({"type": "http.response.body", "body": error.body})
+
+    async def _engine_for(
+        self, passage: Passage, tried: list[EngineRecord], failures: list[str]
+    ) -> EngineRecord:
+        """An engine that fits; waits for one that is joining or being updated."""
+        ask = passage.request.ask
+        give_up_at = asyncio.get_running_loop().time() + self._settings.admit_wait_s
+        while True:
+            if passage.over is not None:
+                raise passage.over
+            record = routing.choose(self._fleet, ask, tried=tried, policy=self._settings.policy)
+            if record is not None:
+                return record
+            left_s = give_up_at - asyncio.get_running_loop().time()
+            if passage.pin_lost:
+                raise proxy_errors.pinned_version_gone(ask.version)
+            if left_s <= 0 or not routing.may_come([e for e in self._fleet if e not in tried], ask):
+                if failures:
+                    raise proxy_errors.engines_failed(failures)
+                raise proxy_errors.no_engine_fits(ask.describe(), routing.describe_fleet(self._fleet, ask))
+            passage.waiting = self._changed.waiter()
+            await wait_for(passage.waiting, left_s)
+            passage.waiting = None
+
+    async def _with_engine(self, passage: Passage, record: EngineRecord, send: Send) -> None:
+        """One attempt: the request travels to an engine and its reply to the client."""
+        failed = False
+        self._fleet.request_started(record)
+        passage.given_to(record)
+        self._passages.setdefault(record, set()).add(passage)
+        try:
+            await self._exchange(passage, record, send)
+        except (Refused, Died, Rubbish) as error:
+            failed = True
+            self._broken(record, error)
+            raise
+        except ServerError:
+            failed = True
+            raise
+        finally:
+            self._forget(passage, record)
+            now = asyncio.get_running_loop().time()
+            self._fleet.request_ended(record, failed=failed, now=now)
+            passage.taken_back()
+
+    async def _exchange(self, passage: Passage, record: EngineRecord, send: Send) -> None:
+        """Sends it, again once where a kept connection turned out to be closed, and passes the reply on."""
+        host = self._hosts.get(record.url) or self._hosts.setdefault(record.url, urlsplit(record.url).netloc)
+        request = passage.request
+        head = headers.request_head(passage.method, passage.target, host, request.passed, len(passage.body))
+        for fresh in (False, True):
+            connection = await self._pool.connect(record.url, fresh=fresh)
+            try:
+                passage.travels_by(connection)
+                connection.send(head, passage.body)
+                reply = await connection.reply()
+                await self._pass_on(passage, record, connection, reply, send)
+                return
+            except Died as error:
+                if fresh or not connection.reused or error.got_bytes or record.suspect:
+                    raise
+            finally:
+                self._pool.release(connection)
+
+    async def _pass_on(
+        self, passage: Passage, record: EngineRecord, connection: Connection, reply: Reply, send: Send
+    ) -> None:
+        streams = reply.header(b"content-type").startswith(b"text/event-stream")
+        if streams and reply.status < 500:
+            await self._pass_stream(passage, record, connection, reply, send, ends_with_comment=True)
+            return
+        body, whole = await connection.body(WHOLE_REPLY_BYTES)
+        if reply.status >= 500:
+            raise ServerError(reply, body)
+        if not whole:
+            await self._pass_stream(passage, record, connection, reply, send, first=body)
+            return
+        head = self._reply_head(passage, record, reply, end=record.version)
+        passage.head_sent = True
+        await send(_start(reply.status, headers.with_length(head, len(body))))
+        await send({"type": "http.response.body", "body": body})
+
+    async def _pass_stream(
+        self,
+        passage: Passage,
+        record: EngineRecord,
+        connection: Connection,
+        reply: Reply,
+        send: Send,
+        *,
+        first: bytes = b"",
+        ends_with_comment: bool = False,
+    ) -> None:
+        """Passes chunks on as they come; nothing of the reply is sent before its first chunk is there."""
+        chunk = first or await connection.chunk()
+        head = self._reply_head(passage, record, reply, end=None)
+        passage.head_sent, passage.streams_events = True, ends_with_comment
+        await send(_start(reply.status, head))
+        while chunk:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            chunk = await connection.chunk()
+        last = headers.end_of_stream(record.version) if ends_with_comment else b""
+        await send({"type": "http.response.body", "body": last})
+
+    def _reply_head(
+        self, passage: Passage, record: EngineRecord, reply: Reply, *, end: int | None
+    ) -> RawHeaders:
+        start = passage.version_start
+        return headers.reply_headers(reply.headers, engine_id=record.engine_id, start=start, end=end)
+
+    # ------------------------------------------------------------------------------------ the fleet
+
+    def _broken(self, record: EngineRecord, error: UpstreamError) -> None:
+        """A connection to an engine broke: nobody is sent there until a probe has looked."""
+        if not isinstance(error, Rubbish):
+            self._fleet.suspected(record)
+        self._look_at(record)
+
+    def _on_transition(self, transition: Transition | None) -> None:
+        """Takes requests from engines that were given up or that get other weights."""
+        if transition is not None:
+            record, after = transition.engine, transition.after
+            if after in (EngineState.DEAD, EngineState.QUARANTINED):
+                self.take_from(record, f"engine {record.engine_id} was given up: {record.detail}")
+            elif after is EngineState.UPDATING:
+                self._take_pinned(record)
+            elif transition.before is EngineState.UPDATING and after is EngineState.STALE:
+                self._take_later(record)
+        self._changed.fire()
+
+    def take_from(self, record: EngineRecord, why: str) -> None:
+        """Takes every request from an engine; those without a byte passed on go to another one."""
+        for passage in list(self._passages.get(record, ())):
+            passage.take_away(why)
+
+    def _take_pinned(self, record: EngineRecord) -> None:
+        for passage in list(self._passages.get(record, ())):
+            if passage.request.ask.version:
+                passage.pin_lost = True
+                passage.take_away(f"engine {record.engine_id} is given other weights")
+
+    def _take_later(self, record: EngineRecord) -> None:
+        """Its requests were aborted and hand over what they have; those that do not in time are taken."""
+        started_before = list(self._passages.get(record, ()))
+        why = f"engine {record.engine_id}: {record.detail}"
+
+        def take() -> None:
+            for passage in started_before:
+                if passage in self._passages.get(record, ()):
+                    passage.take_away(why)
+
+        asyncio.get_running_loop().call_later(self._settings.abort_grace_s, take)
+
+    def _forget(self, passage: Passage, record: EngineRecord) -> None:
+        passages = self._passages[record]
+        passages.discard(passage)
+        if not passages and record.leaving:
+            del self._passages[record]
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are with an engine."""
+        return sum(len(passages) for passages in self._passages.values())
+
+
+def _is_passed_through(path: str) -> bool:
+    """Only /generate and /v1/*, and no way out of /v1 by dots."""
+    if path == "/generate":
+        return True
+    return path.startswith("/v1/") and ".." not in path.split("/") and "\\" not in path
+
+
+async def _read_body(receive: Receive, limit: int) -> bytes | None:
+    """The whole body; None where the client left before it was sent.
+
+    Raises:
+      InvalidArgument: it is larger than the limit.
+    """
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        piece: bytes = message.get("body", b"")
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise InvalidArgument(f"the body is larger than {limit} bytes; raise [router] max_body_bytes")
+        if not message.get("more_body", False):
+            return piece if len(pieces) == 1 else b"".join(pieces)
+
+
+async def _answer(send: Send, error: MilepostError) -> None:
+    status, head, body = proxy_errors.render(error)
+    await send(_start(status, head))
+    await send({"type": "http.response.body", "body": body})
+
+
+def _start(status: int, head: RawHeaders) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": status, "headers": head}
+
+
+def _kept(upstream: RawHeaders) -> RawHeaders:
+    return [(k, v) for k, v in upstream if k in (b"content-type", b"retry-after")]
