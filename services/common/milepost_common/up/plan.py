@@ -1,0 +1,240 @@
+"""Which children a configuration asks for, in which order, and how each learns where the others are.
+
+    buffer -> router -> engines          (an arrow: is started once the one before it is ready)
+       \\         \\-> rollout, trainer
+        \\-> feed
+
+Services read the same TOML file and environment as ever; flags are added only for what is known here alone:
+the addresses the others got, the run's name, ports on a restart, and folders inside the run's, where nothing
+else was said.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milepost_common.catalogue import given_keys, settings_class
+from milepost_common.settings import ServiceSettings, load
+from milepost_common.up.settings import UpSettings
+from milepost_common.up.spec import Addresses, ChildSpec
+
+DEFAULT_RUN = "default"
+LOCAL = "127.0.0.1"
+_FOR_EVER_S = "31536000"
+_STOP_RANK = {"feed": 0, "trainer": 0, "rollout": 1, "engine": 2, "router": 3, "buffer": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `milepost up` is about to run."""
+
+    run_id: str
+    run_dir: Path
+    specs: tuple[ChildSpec, ...]
+
+
+def make_plan(settings: UpSettings, *, config: str, environ: Mapping[str, str] = os.environ) -> Plan:
+    """Checks the settings of every service that will be started, and plans the children.
+
+    Args:
+      settings: the table `[up]`.
+      config: path of the TOML file; empty: none.
+      environ: environment of the children.
+
+    Raises:
+      InvalidArgument: a setting of a service is wrong or missing.
+    """
+    run_id = _run_id(config, environ)
+    run_dir = Path(settings.run_dir or f"runs/{run_id}")
+    planner = _Planner(settings, config=config, environ=environ, run_id=run_id, run_dir=run_dir)
+    return Plan(run_id=run_id, run_dir=run_dir, specs=tuple(planner.specs()))
+
+
+class _Planner:
+    def __init__(
+        self, settings: UpSettings, *, config: str, environ: Mapping[str, str], run_id: str, run_dir: Path
+    ) -> None:
+        self._up, self._config, self._environ = settings, config, environ
+        self._run_id, self._run_dir = run_id, run_dir
+        self._argv = ["--config", config] if config else []
+
+    def specs(self) -> list[ChildSpec]:
+        specs = [self._buffer(), self._router()]
+        specs += [self._engine(i) for i in range(self._up.engines)]
+        specs += [self._rollout()] if self._up.rollout else []
+        specs += [self._trainer()] if self._up.trainer else []
+        specs += [self._feed()] if self._up.feed else []
+        return specs
+
+    def _buffer(self) -> ChildSpec:
+        service = self._service("buffer")
+        fixed = service.default("data_dir", str(self._run_dir / "redis"))
+        return self._spec("buffer", lambda at: [*fixed, *self._listen("buffer", at)])
+
+    def _router(self) -> ChildSpec:
+        self._service("router")
+
+        def flags(at: Addresses) -> list[str]:
+            return ["--buffer", at["buffer"]["grpc"], *self._listen("router", at)]
+
+        return self._spec("router", flags, needs=("buffer",))
+
+    def _engine(self, index: int) -> ChildSpec:
+        name = f"engine-{index}"
+        service = self._service("engine")
+        fixed = service.known("engine_id", name) + service.known("run_id", self._run_id)
+        base = int(getattr(service.values, "port", 0))
+
+        def flags(at: Addresses) -> list[str]:
+            return [
+                *fixed,
+                "--router",
+                at["router"]["grpc"],
+                "--port",
+                str(self._engine_port(name, base, index, at)),
+            ]
+
+        return self._spec("engine", flags, needs=("router",), name=name)
+
+    def _engine_port(self, name: str, base: int, index: int, at: Addresses) -> int:
+        if at[name]:
+            return int(at[name]["http"].rpartition(":")[2])
+        return base + index if base and self._up.ports == "configured" else 0
+
+    def _rollout(self) -> ChildSpec:
+        service = self._service("rollout")
+        fixed = service.default("run_id", self._run_id)
+
+        def flags(at: Addresses) -> list[str]:
+            router = at["router"]
+            wires = ["--buffer", at["buffer"]["grpc"], "--router", router["grpc"]]
+            return [*fixed, *wires, "--router_http", f"http://{router['http']}", *self._listen("rollout", at)]
+
+        return self._spec("rollout", flags, needs=("buffer", "router"))
+
+    def _trainer(self) -> ChildSpec:
+        service = self._service("trainer")
+        fixed = service.default("checkpoint.dir", str(self._run_dir / "checkpoints"))
+        fixed += service.default("metrics.dir", str(self._run_dir))
+        fixed += service.default("publish.disk_dir", str(self._run_dir / "weights"))
+        fixed += ["--run.run_id", self._run_id]
+
+        def flags(at: Addresses) -> list[str]:
+            wires = ["--buffer", at["buffer"]["grpc"], "--router", at["router"]["grpc"]]
+            return [*fixed, *wires, *self._listen("trainer", at)]
+
+        stop_s = max(self._up.stop_timeout_s, float(getattr(service.values, "shutdown_timeout_s", 0)) + 5)
+        return self._spec("trainer", flags, needs=("buffer", "router"), ends_run=True, stop_timeout_s=stop_s)
+
+    def _feed(self) -> ChildSpec:
+        acknowledged = self._up.feed_acknowledged or str(self._run_dir / "acknowledged.jsonl")
+
+        def command(at: Addresses) -> list[str]:
+            flags = ["--run", self._run_id, "--buffer", at["buffer"]["grpc"], "--acknowledged", acknowledged]
+            flags += [
+                "--epochs",
+                str(self._up.feed_epochs),
+                "--wait-s",
+                _FOR_EVER_S,
+                "--retry-s",
+                _FOR_EVER_S,
+            ]
+            flags += ["--source", self._up.feed_source] if self._up.feed_source else []
+            return [sys.executable, "-m", "milepost.cli", "feed", self._up.feed, *flags]
+
+        return ChildSpec(
+            name="feed",
+            command=command,
+            needs=("buffer",),
+            announces=False,
+            final_codes=frozenset((0, 1, 2)),
+            stop_rank=_STOP_RANK["feed"],
+            stop_timeout_s=self._up.stop_timeout_s,
+        )
+
+    # ------------------------------------------------------------------ parts
+
+    def _service(self, service: str) -> _Service:
+        kind = settings_class(service)
+        given = given_keys(kind, self._argv, environ=self._environ)
+        return _Service(kind, load(kind, self._argv, environ=self._environ), given)
+
+    def _spec(
+        self,
+        service: str,
+        flags: Callable[[Addresses], list[str]],
+        *,
+        name: str = "",
+        needs: tuple[str, ...] = (),
+        ends_run: bool = False,
+        stop_timeout_s: float | None = None,
+    ) -> ChildSpec:
+        head = [sys.executable, "-m", f"milepost_{service}", "serve", *self._argv]
+        return ChildSpec(
+            name=name or service,
+            command=lambda at: head + flags(at),
+            needs=needs,
+            final_codes=frozenset((0,)) if ends_run else frozenset(),
+            ends_run=ends_run,
+            stop_rank=_STOP_RANK[service],
+            ready_timeout_s=self._up.ready_timeout_s,
+            stop_timeout_s=stop_timeout_s or self._up.stop_timeout_s,
+        )
+
+    def _listen(self, service: str, at: Addresses) -> list[str]:
+        """Nothing with configured ports; else a free port at first and the same one ever after."""
+        if self._up.ports == "configured":
+            return []
+        flags = ["--listen", at[service].get("grpc", f"{LOCAL}:0")]
+        if service == "router":
+            flags += ["--http_listen", at[service].get("http", f"{LOCAL}:0")]
+        return flags
+
+
+@dataclass(frozen=True)
+class _Service:
+    """A service's settings, and which of them somebody set."""
+
+    kind: type[ServiceSettings]
+    values: ServiceSettings
+    given: frozenset[str]
+
+    def known(self, key: str, value: str) -> list[str]:
+        """A flag, if the service has that setting and nobody set it."""
+        return [f"--{key}", value] if key not in self.given and _has(self.kind, key) else []
+
+    def default(self, key: str, value: str) -> list[str]:
+        """A flag, if nobody set it."""
+        return [f"--{key}", value] if key not in self.given else []
+
+
+def _has(kind: type[ServiceSettings], key: str) -> bool:
+    return key in kind.model_fields
+
+
+def _run_id(config: str, environ: Mapping[str, str]) -> str:
+    """`[run] run_id`, which the trainer validates; here also without a trainer."""
+    content: dict[str, Any] = tomllib.loads(Path(config).read_text(encoding="utf-8")) if config else {}
+    run: Mapping[str, Any] = content.get("run", {})
+    return environ.get("MILEPOST_RUN__RUN_ID") or str(run.get("run_id", DEFAULT_RUN))
+
+
+def names_config(argv: Sequence[str]) -> bool:
+    """True when the flags name a TOML file."""
+    return any(arg == "--config" or arg.startswith("--config=") for arg in argv)
+
+
+def find_config(argv: Sequence[str]) -> str:
+    """The file named by `--config`, else `milepost.toml` where it is; empty: none."""
+    for i, arg in enumerate(argv):
+        if arg == "--config" and i + 1 < len(argv):
+            return argv[i + 1]
+        if arg.startswith("--config="):
+            return arg.removeprefix("--config=")
+    return "milepost.toml" if Path("milepost.toml").is_file() else ""
