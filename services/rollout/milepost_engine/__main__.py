@@ -1,0 +1,126 @@
+"""Runs one engine: `python -m milepost_engine --model DIR --port 30000`.
+
+Prints `engine ready http://host:port model=... dialect=...` once it serves. SIGTERM ends live requests with
+`finish_reason` abort and the process within `shutdown_timeout_s`. Exit status: 0 stopped, 1 the scheduler
+died, 2 bad settings or a model that cannot be served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Generator, Sequence
+from typing import Any
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is loaded; torch.set_num_threads rules afterwards
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import uvicorn
+
+from milepost_common import process
+from milepost_engine.app import ServingHook, create_app
+from milepost_engine.engine import Engine, build
+from milepost_engine.runner import UnsupportedModel
+from milepost_engine.settings import EngineSettings, from_command_line
+
+logger = logging.getLogger("milepost_engine")
+_CLOSE_GRACE_S = 1.0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves signals to the process and says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, settings: EngineSettings) -> None:
+        super().__init__(config)
+        self._settings = settings
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """The process handles signals."""
+        yield
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        """Listens, then prints the ready line."""
+        await super().startup(sockets)
+        if not self.started or not self.servers:
+            return
+        port = self.servers[0].sockets[0].getsockname()[1]
+        settings = self._settings
+        url = f"http://{settings.host}:{port}"
+        print(f"engine ready {url} model={settings.name} dialect={settings.dialect}", flush=True)
+
+
+async def serve(
+    settings: EngineSettings, stop: asyncio.Event, *, while_serving: ServingHook | None = None
+) -> int:
+    """Serves until `stop` is set or the scheduler dies; returns the exit status."""
+    failed = asyncio.Event()
+
+    def on_death(error: BaseException) -> None:
+        logger.error("the scheduler died (%r): leaving", error)
+        failed.set()
+        stop.set()
+
+    try:
+        engine = build(settings, on_death=on_death)
+    except (UnsupportedModel, OSError, ValueError) as error:
+        print(f"milepost: engine: {error}", file=sys.stderr, flush=True)
+        return 2
+    server = _server(engine, settings, while_serving)
+    stopper = asyncio.create_task(_stop_when_asked(stop, engine, server))
+    try:
+        await server.serve()
+    finally:
+        stopper.cancel()
+    if failed.is_set():
+        return 1
+    return 0 if server.started else 2
+
+
+def _server(engine: Engine, settings: EngineSettings, while_serving: ServingHook | None) -> _Server:
+    config = uvicorn.Config(
+        create_app(engine, while_serving=while_serving),
+        host=settings.host,
+        port=settings.port,
+        http="httptools",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(int(settings.shutdown_timeout_s / 2), 1),
+        backlog=2048,
+    )
+    return _Server(config, settings)
+
+
+async def _stop_when_asked(stop: asyncio.Event, engine: Engine, server: _Server) -> None:
+    """Ends live requests first, so that their replies leave before the connections are closed."""
+    await stop.wait()
+    scheduler = engine.scheduler
+    future = scheduler.call(lambda: scheduler.abort(everything=True, message="the engine is shutting down"))
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(asyncio.wrap_future(future), _CLOSE_GRACE_S)
+    server.should_exit = True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reads settings and serves; returns the exit status."""
+    settings = from_command_line(sys.argv[1:] if argv is None else argv)
+
+    async def until(stop: asyncio.Event) -> int:
+        return await serve(settings, stop)
+
+    return process.run("engine", until, stop_deadline_s=settings.shutdown_timeout_s)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A collective that was given up may hold one of gloo's threads until its timeout: do not wait for it.
+    os._exit(status)

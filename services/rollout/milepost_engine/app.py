@@ -1,0 +1,90 @@
+"""The ASGI application: routes, errors and lifespan around one engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Route
+
+from milepost_engine import http_admin, http_info
+from milepost_engine.engine import Engine
+from milepost_engine.errors import EngineError, InvalidRequest
+from milepost_engine.http_common import JsonResponse, error_body
+from milepost_engine.http_generate import GenerateEndpoint
+from milepost_engine.http_openai import ChatEndpoint, CompletionsEndpoint
+from milepost_engine.http_openai import router as openai_router
+
+logger = logging.getLogger(__name__)
+
+ServingHook = Callable[[Engine], AbstractAsyncContextManager[None]]
+
+
+def create_app(engine: Engine, *, while_serving: ServingHook | None = None) -> FastAPI:
+    """Builds the application.
+
+    Args:
+        engine: Started with the application, stopped with it.
+        while_serving: Entered once the engine runs and left before it stops: the place of whatever tells
+        others
+            about this engine.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        engine.start()
+        try:
+            if while_serving is None:
+                yield
+            else:
+                async with while_serving(engine):
+                    yield
+        finally:
+            await engine.stop()
+
+    app = FastAPI(title="Milepost CPU engine", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.engine = engine
+    app.include_router(http_info.router)
+    app.include_router(http_admin.router)
+    app.include_router(openai_router)
+    app.router.routes.extend(
+        [
+            Route("/generate", endpoint=GenerateEndpoint(engine), methods=["POST", "PUT"]),
+            Route("/v1/chat/completions", endpoint=ChatEndpoint(engine), methods=["POST"]),
+            Route("/v1/completions", endpoint=CompletionsEndpoint(engine), methods=["POST"]),
+        ]
+    )
+    app.add_exception_handler(EngineError, _on_engine_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_body)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    return app
+
+
+async def _on_engine_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EngineError)
+    openai = request.url.path.startswith("/v1/")
+    body = error_body(error, openai=openai)
+    return JsonResponse(body | {"success": False, "message": str(error)}, status_code=error.status)
+
+
+async def _on_invalid_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    parts = [
+        f"{'.'.join(str(part) for part in item['loc'] if part != 'body') or 'the body'}: {item['msg']}"
+        for item in error.errors()
+    ]
+    return await _on_engine_error(request, InvalidRequest("; ".join(parts)))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return JsonResponse(
+        {"success": False, "message": message, "error": {"message": message, "code": error.status_code}},
+        status_code=error.status_code,
+    )

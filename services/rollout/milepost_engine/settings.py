@@ -1,0 +1,72 @@
+"""Settings of the CPU engine: table `[engine]`, `MILEPOST_ENGINE__<KEY>`, flags as SGLang spells them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from milepost_common.settings import ServiceSettings, load_or_exit
+from milepost_engine.dialect import DialectName
+
+
+class EngineSettings(ServiceSettings, table="engine"):
+    """One CPU engine."""
+
+    model: Path
+    """Folder of a Hugging Face causal LM; with a config.json alone, weights are random."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(30000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one, which the ready line names."""
+    dialect: DialectName = "0.5.21"
+    """The SGLang release whose rules hold."""
+    served_model_name: str = ""
+    """Name of the model under /v1; unset: the folder's name."""
+    weight_version: str = "default"
+    """Version string of the weights at start."""
+    skip_tokenizer_init: bool = False
+    """Load no tokenizer: input_ids in, output_ids out, no text and no /v1."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """"dummy" takes random weights whatever the folder holds."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Of weights and computation."""
+    context_length: int | None = Field(None, ge=2)
+    """Tokens of prompt and output together; unset: what the model's config says."""
+    max_running_requests: int = Field(64, ge=1, le=4096)
+    """Rows of the running batch; further requests queue."""
+    max_prefill_tokens: int = Field(4096, ge=1)
+    """Padded tokens of one prefill batch."""
+    seed: int = 0
+    """Of random weights, and of sampling without a seed of its own."""
+    num_threads: int = Field(1, ge=1)
+    """Threads of torch's operators."""
+    admin_api_key: str = ""
+    """When set, everything but generation, health and information wants `Authorization: Bearer <key>`."""
+    group_timeout_s: float = Field(60.0, gt=0)
+    """Deadline for joining a weight update group, and of a collective in it."""
+    transfer_timeout_s: float = Field(120.0, gt=0)
+    """Deadline of one weight update call, and of any command to the scheduler."""
+    health_timeout_s: float = Field(20.0, gt=0)
+    """Deadline of /health_generate."""
+    shutdown_timeout_s: float = Field(5.0, gt=0)
+    """Deadline from SIGTERM to the end of the process."""
+
+    @property
+    def name(self) -> str:
+        """The model's name under /v1."""
+        return self.served_model_name or self.model.name
+
+
+def from_command_line(argv: Sequence[str]) -> EngineSettings:
+    """Reads the settings; flags may be spelled `--max-running-requests` or `--max_running_requests`."""
+    return load_or_exit(EngineSettings, [_underscored(arg) for arg in argv])
+
+
+def _underscored(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
