@@ -1,0 +1,76 @@
+"""The buffer process: `python -m milepost_buffer serve --config milepost.toml [--key value ...]`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from milepost import errors
+from milepost.v1.buffer_pb2_grpc import add_BufferServiceServicer_to_server
+from milepost.v1.weights_pb2_grpc import add_WeightServiceServicer_to_server
+from milepost_buffer import buffer_servicer, weight_servicer
+from milepost_buffer.embedded import EmbeddedRedis
+from milepost_buffer.ledger import Ledger, open_ledger
+from milepost_buffer.settings import BufferSettings
+from milepost_common.process import announce, run
+from milepost_common.server import GrpcServer
+from milepost_common.settings import load_or_exit
+
+USAGE = "usage: python -m milepost_buffer serve [--config FILE] [--key value ...]"
+STATUS_CANNOT_START = 1
+
+log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def serving(settings: BufferSettings) -> AsyncIterator[tuple[GrpcServer, Ledger]]:
+    """A buffer that serves until the block ends: waiting calls answer first, then the server, then Redis stops."""
+    async with AsyncExitStack() as stack:
+        url = settings.redis_url
+        if not url:
+            redis = EmbeddedRedis(settings.data_dir, appendfsync=settings.appendfsync)
+            url = (await stack.enter_async_context(redis)).url
+        ledger = await stack.enter_async_context(
+            open_ledger(url, redis_wait_s=settings.redis_wait_s, require_aof=settings.require_aof)
+        )
+        server = GrpcServer(listen=settings.listen, advertise=settings.advertise)
+        server.add(
+            add_BufferServiceServicer_to_server, buffer_servicer.BufferServicer(ledger), buffer_servicer.NAME
+        )
+        server.add(
+            add_WeightServiceServicer_to_server, weight_servicer.WeightServicer(ledger), weight_servicer.NAME
+        )
+        await stack.enter_async_context(server)
+        await server.start()
+        stack.push_async_callback(ledger.bell.close)
+        yield server, ledger
+
+
+async def serve(settings: BufferSettings, stop: asyncio.Event) -> int:
+    """Serves until `stop`; returns the exit status."""
+    try:
+        async with serving(settings) as (server, ledger):
+            log.info("ledger on %s", ledger.link.url)
+            announce("buffer", grpc=server.address)
+            await stop.wait()
+    except errors.MilepostError as error:
+        print(f"milepost buffer: {error}", file=sys.stderr, flush=True)
+        return STATUS_CANNOT_START
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] != "serve":
+        print(USAGE, file=sys.stderr)
+        return 2
+    settings = load_or_exit(BufferSettings, args[1:])
+    return run("buffer", lambda stop: serve(settings, stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

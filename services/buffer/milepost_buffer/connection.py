@@ -1,0 +1,137 @@
+"""One Redis: how to reach it, whether it may be trusted with the ledger, and which incarnation of it answers.
+
+`RedisLink.run_id` is Redis's own run id. It is read anew on every new connection, and a restart or a failover breaks
+every connection, so that it changes with the first call that the new Redis answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from milepost import errors
+
+SCHEMA_KEY = "mp:schema"
+SCHEMA = "1"
+CONNECT_TIMEOUT_S = 3.0
+CALL_TIMEOUT_S = 15.0
+RETRY_S = 0.25
+
+log = logging.getLogger(__name__)
+
+
+class RedisLink:
+    """A pool of connections to one Redis and the run id of the incarnation that it reaches."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.run_id = ""
+        self.client: Redis = Redis.from_url(
+            url,
+            protocol=2,
+            socket_timeout=CALL_TIMEOUT_S,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            redis_connect_func=self._on_connect,
+        )
+
+    async def _on_connect(self, connection: Any) -> None:
+        await connection.on_connect()
+        await connection.send_command("INFO", "server")
+        self.run_id = _parse_info(await connection.read_response())["run_id"]
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        await self.client.aclose()
+
+    async def wait_ready(self, *, wait_s: float) -> None:
+        """Waits until Redis answers.
+
+        Raises:
+          Unavailable: it did not within `wait_s`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline, told = loop.time() + wait_s, False
+        while True:
+            try:
+                await self.client.ping()
+                return
+            except (RedisError, OSError) as error:
+                if loop.time() >= deadline:
+                    raise errors.Unavailable(
+                        f"redis_url = {self.url}: no answer within redis_wait_s = {wait_s:g} ({error}); start Redis, "
+                        "correct redis_url, or leave redis_url empty to use the embedded server",
+                        reason="REDIS_DOWN",
+                    ) from error
+                if not told:
+                    log.warning(
+                        "redis_url = %s does not answer (%s); retrying for %g s", self.url, error, wait_s
+                    )
+                    told = True
+            await asyncio.sleep(RETRY_S)
+
+    async def check(self, *, require_aof: bool) -> None:
+        """Refuses a Redis that would lose or evict the ledger, or that another schema wrote.
+
+        Raises:
+          FailedPrecondition: names the setting of Redis and the remedy.
+        """
+        persistence = dict(await self.client.info("persistence"))
+        memory = dict(await self.client.info("memory"))
+        check_durability(persistence, memory, url=self.url, require_aof=require_aof)
+        if require_aof:
+            await self._warn_of_window()
+        await self.client.set(SCHEMA_KEY, SCHEMA, nx=True)
+        found = (await self.client.get(SCHEMA_KEY) or b"").decode()
+        if found != SCHEMA:
+            raise errors.FailedPrecondition(
+                f"{SCHEMA_KEY} = {found}: this Redis holds ledgers of another schema, this build writes {SCHEMA}; use "
+                "the build that wrote it, or another Redis",
+                reason="SCHEMA",
+            )
+
+    async def _warn_of_window(self) -> None:
+        try:
+            fsync = (await self.client.config_get("appendfsync")).get("appendfsync", "")
+        except RedisError:  # CONFIG is often forbidden on managed servers
+            return
+        if fsync != "always":
+            log.warning(
+                "redis appendfsync = %s: writes of the last second or more may be lost in a crash; clients restate "
+                "them, and `CONFIG SET appendfsync always` closes the window",
+                fsync,
+            )
+
+
+def check_durability(
+    persistence: Mapping[str, Any], memory: Mapping[str, Any], *, url: str, require_aof: bool
+) -> None:
+    """Judges `INFO persistence` and `INFO memory`."""
+    policy = str(memory.get("maxmemory_policy", ""))
+    if policy != "noeviction":
+        raise errors.FailedPrecondition(
+            f"redis {url}: maxmemory-policy = {policy} would evict the ledger; set maxmemory-policy noeviction in "
+            "redis.conf, or CONFIG SET maxmemory-policy noeviction",
+            reason="REDIS_EVICTS",
+            metadata={"maxmemory-policy": policy},
+        )
+    if require_aof and int(persistence.get("aof_enabled", 0)) != 1:
+        raise errors.FailedPrecondition(
+            f"redis {url}: appendonly = no loses the ledger at a restart; set appendonly yes and appendfsync always in "
+            "redis.conf, or accept the loss with require_aof = false",
+            reason="REDIS_WITHOUT_AOF",
+            metadata={"appendonly": "no"},
+        )
+
+
+def _parse_info(raw: bytes | str) -> dict[str, str]:
+    text = raw.decode() if isinstance(raw, bytes) else raw
+    pairs = (line.partition(":") for line in text.splitlines() if ":" in line)
+    return {key: value for key, _, value in pairs}

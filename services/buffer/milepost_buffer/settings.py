@@ -1,0 +1,32 @@
+"""Settings of the buffer service: the table [buffer]."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from milepost_common.settings import ServiceSettings
+
+
+class BufferSettings(ServiceSettings, table="buffer"):
+    """The buffer: where it listens and which Redis holds the ledger."""
+
+    listen: str = "127.0.0.1:7101"
+    """Address of the gRPC server, host:port; port 0 takes a free one."""
+
+    advertise: str = ""
+    """Address under which others reach it. Empty: `listen`."""
+
+    redis_url: str = ""
+    """redis://, rediss:// or unix:// URL of the Redis that holds the ledger. Empty: an embedded server in `data_dir`."""
+
+    data_dir: str = "milepost-data"
+    """Folder of the embedded server's append-only file. Unused with `redis_url`."""
+
+    redis_wait_s: float = Field(default=10.0, ge=0, le=3600)
+    """How long to wait for Redis to answer at the start, in seconds."""
+
+    require_aof: bool = True
+    """Refuse a Redis without an append-only file. False accepts that a restart of Redis loses the run."""
+
+    appendfsync: str = Field(default="always", pattern="^(always|everysec)$")
+    """When the embedded server syncs its file: `always`, or `everysec`, which may lose the last second or more."""

@@ -1,0 +1,92 @@
+"""Runs the ledger's script: one call, one atomic change. Knows Redis's errors; knows nothing of the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+from collections.abc import Callable
+from typing import Any
+
+from redis import exceptions as redis_errors
+
+from milepost import errors
+from milepost_buffer.connection import RedisLink
+from milepost_buffer.refusals import refusal
+
+RUNS_KEY = "mp:runs"
+RETRY_AFTER_S = 1.0
+
+Arg = str | bytes | int
+Clock = Callable[[], int]
+
+
+def prefix_of(run_id: str) -> str:
+    """Prefix of a run's keys; the braces put them into one hash slot."""
+    return f"mp:{{{run_id}}}:"
+
+
+class Store:
+    """The script on one Redis.
+
+    Args:
+      link: the Redis.
+      clock: returns the time in ms, for tests; None: Redis's own clock, one for all replicas.
+    """
+
+    def __init__(self, link: RedisLink, *, clock: Clock | None = None) -> None:
+        self.link = link
+        self._clock = clock
+        self._source = importlib.resources.files("milepost_buffer").joinpath("ledger.lua").read_bytes()
+        self._sha = hashlib.sha1(self._source).hexdigest()
+
+    async def call(self, run_id: str, command: str, *args: Arg) -> list[Any]:
+        """Runs one command; returns what stands behind the status.
+
+        Raises:
+          MilepostError: what the script refused, or Unavailable while Redis is away.
+        """
+        now = "" if self._clock is None else str(self._clock())
+        reply = await self._eval(prefix_of(run_id) + "run", command, now, *args)
+        if reply[0] == b"!":
+            raise refusal(run_id, reply)
+        return reply[1:]
+
+    async def _eval(self, *args: Arg) -> list[Any]:
+        redis: Any = self.link.client
+        try:
+            try:
+                return await redis.execute_command("EVALSHA", self._sha, 1, *args)
+            except redis_errors.NoScriptError:
+                return await redis.execute_command("EVAL", self._source, 1, *args)
+        except (redis_errors.RedisError, OSError) as error:
+            raise self.translate(error) from error
+
+    def translate(self, error: Exception) -> errors.MilepostError:
+        """The error of our tree for what redis-py raised."""
+        if isinstance(error, redis_errors.OutOfMemoryError):
+            return errors.ResourceExhausted(
+                f"redis {self.link.url} is full: {error}; raise its maxmemory, or lower max_payload_bytes",
+                reason="REDIS_FULL",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError, OSError)
+        if isinstance(error, away) or str(error).startswith(("MISCONF", "MASTERDOWN", "LOADING", "BUSY")):
+            return errors.Unavailable(
+                f"redis {self.link.url} is away ({error}); waiting for it",
+                reason="REDIS_AWAY",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        return errors.Internal(f"redis {self.link.url}: {type(error).__name__}: {error}; please report this")
+
+    async def runs(self) -> list[str]:
+        """Ids of the runs that were ever created on this Redis, sorted."""
+        members = await self.command("SMEMBERS", RUNS_KEY)
+        return sorted(m.decode() for m in members)
+
+    async def command(self, *args: Arg) -> Any:
+        """A plain Redis command, with our errors."""
+        redis: Any = self.link.client
+        try:
+            return await redis.execute_command(*args)
+        except (redis_errors.RedisError, OSError) as error:
+            raise self.translate(error) from error

@@ -1,0 +1,130 @@
+"""Waiting without polling: a call that cannot be answered yet sleeps until some replica says that its run changed.
+
+    script --PUBLISH mp:{run}:wake "ps"--> Redis --> Bell (one subscription a process) --> listeners of that run
+
+The letters are documented at the head of ledger.lua. A listener registers before it asks, so that a change between asking
+and sleeping is not missed. Between a broken subscription and its repair, and against anything unforeseen, listeners ask
+again every `FALLBACK_S`. Owned by the process; listeners own nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from redis.exceptions import RedisError
+
+from milepost_buffer.connection import RedisLink
+
+FALLBACK_S = 5.0
+BLIND_FALLBACK_S = 0.5
+RECONNECT_S = 0.5
+_CHANNEL = re.compile(rb"^mp:\{(.+)\}:wake$")
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What one attempt found: the value, whether waiting is over, and when time alone may change it."""
+
+    value: T
+    done: bool
+    next_change_s: float | None = None
+
+
+class Bell:
+    """Wakes this process's listeners when a run changes."""
+
+    def __init__(self, link: RedisLink) -> None:
+        self._link = link
+        self._listeners: dict[str, set[tuple[frozenset[str], asyncio.Event]]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._subscribed = False
+        self._closing = False
+
+    async def start(self) -> None:
+        """Starts the subscription."""
+        self._task = asyncio.create_task(self._serve(), name="wake")
+
+    async def close(self) -> None:
+        """Ends the subscription; waiting calls answer at once with what they have."""
+        self._closing = True
+        self._ring_all()
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def wait_for(
+        self, run_id: str, letters: str, ask: Callable[[], Awaitable[Answer[T]]], *, max_wait_s: float
+    ) -> T:
+        """Asks until the answer is done or `max_wait_s` have passed; returns the last value."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + max_wait_s
+        with self._listen(run_id, letters) as rung:
+            while True:
+                rung.clear()
+                answer = await ask()
+                left = deadline - loop.time()
+                if answer.done or left <= 0 or self._closing:
+                    return answer.value
+                pause = min(left, FALLBACK_S if self._subscribed else BLIND_FALLBACK_S)
+                if answer.next_change_s is not None:
+                    pause = min(pause, answer.next_change_s + 0.001)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(rung.wait(), pause)
+
+    @contextlib.contextmanager
+    def _listen(self, run_id: str, letters: str) -> Iterator[asyncio.Event]:
+        entry = (frozenset(letters), asyncio.Event())
+        self._listeners.setdefault(run_id, set()).add(entry)
+        try:
+            yield entry[1]
+        finally:
+            self._listeners[run_id].discard(entry)
+            if not self._listeners[run_id]:
+                del self._listeners[run_id]
+
+    def _ring(self, run_id: str, letters: str) -> None:
+        for wanted, event in self._listeners.get(run_id, ()):
+            if wanted.intersection(letters):
+                event.set()
+
+    def _ring_all(self) -> None:
+        for entries in self._listeners.values():
+            for _, event in entries:
+                event.set()
+
+    async def _serve(self) -> None:
+        while True:
+            try:
+                await self._subscribe()
+            except (RedisError, OSError) as error:
+                log.debug("wake subscription: %s", error)
+            finally:
+                self._subscribed = False
+                self._ring_all()
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _subscribe(self) -> None:
+        pubsub: Any = self._link.client.pubsub()
+        try:
+            await pubsub.psubscribe("mp:*:wake")
+            while True:
+                message = await pubsub.get_message(timeout=None)
+                if message is None:
+                    continue
+                if message["type"] == "psubscribe":
+                    self._subscribed = True
+                    self._ring_all()
+                elif found := _CHANNEL.match(message["channel"]):
+                    self._ring(found[1].decode(), message["data"].decode())
+        finally:
+            await pubsub.aclose()
