@@ -80,6 +80,8 @@ class FsdpBackend(Backend):
 
     def train_micro_batch(self, batch: MicroBatch, objective: Objective, *, last: bool) -> MicroBatchResult:
         """See ``Backend.train_micro_batch``."""
+        if self.world.mesh is None and not batch.has_loss:
+            return MicroBatchResult(loss=0.0, num_tokens=0, sums={})
         if isinstance(self._policy, FSDPModule):
             self._policy.set_requires_gradient_sync(last or self._settings.fsdp.reduce_every_micro_batch)
         scores = self._policy(batch, with_entropy=self._settings.objective.entropy)

@@ -1,0 +1,122 @@
+"""Runs under torchrun, or alone: does the jobs of the JSON list on the command line, one after the other.
+
+A job's keys: model_dir, out (rank 0 writes its report there), steps (list of step numbers), settings (of the
+trainer), and optionally load, save, export, poison (step in which an importance ratio is made to blow up).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from milepost_trainer.backends.fsdp import FsdpBackend
+from milepost_trainer.batch import TrainSequence
+from milepost_trainer.buckets import read_bucket
+from milepost_trainer.learner import Learner, TrainGroup
+from milepost_trainer.objectives.build import build_objective
+from milepost_trainer.plan import GroupInfo, plan_step
+from milepost_trainer.settings import TrainerSettings
+from milepost_trainer.world import World, exit_process, join, leave
+
+GROUPS, SAMPLES = 6, 4
+
+
+def groups_of(step: int) -> dict[str, TrainGroup]:
+    rng = np.random.default_rng(step)
+    made: dict[str, TrainGroup] = {}
+    for index in range(GROUPS):
+        sequences = []
+        for _ in range(SAMPLES):
+            size = int(rng.integers(3, 24))
+            mask = np.zeros(size, np.uint8)
+            mask[int(rng.integers(1, size)) :] = 1
+            tokens = rng.integers(0, 16, size).astype(np.int32)
+            logprobs = (rng.normal(-2.7, 0.2, size) * mask).astype(np.float32)
+            sequences.append(TrainSequence(tokens=tokens, loss_mask=mask, logprobs=logprobs))
+        made[f"s{step}/g{index}"] = TrainGroup(rng.normal(size=SAMPLES), tuple(sequences))
+    return made
+
+
+def poison(groups: dict[str, TrainGroup]) -> None:
+    """Make one sequence's importance ratio overflow to infinity, on whichever rank it is trained."""
+    group = next(iter(groups.values()))
+    worst = group.sequences[0]
+    np.copyto(worst.logprobs, np.where(worst.loss_mask, np.float32(-1e4), np.float32(0)))
+    group.rewards[0] = -50.0
+
+
+def train(learner: Learner, settings: TrainerSettings, job: dict[str, Any], world: World) -> list[Any]:
+    reports = []
+    for step in job["steps"]:
+        groups = groups_of(step)
+        if step == job.get("poison"):
+            poison(groups)
+        infos = [GroupInfo(name, tuple(len(s.tokens) for s in g.sequences)) for name, g in groups.items()]
+        plan = plan_step(
+            step,
+            infos,
+            num_ranks=world.size,
+            updates=settings.updates_per_step,
+            max_tokens=settings.max_tokens_per_micro_batch,
+        )
+        mine = {name: groups[name] for name in plan.prompt_ids_of(world.rank)}
+        assert not learner.start_step(plan, mine)
+        for update in range(len(plan.updates)):
+            for index in range(learner.start_update(update)):
+                learner.train_micro_batch(index)
+            report = learner.finish_update()
+            reports.append(
+                {
+                    "loss": report.loss,
+                    "grad_norm": report.grad_norm,
+                    "skipped": report.skipped,
+                    "tokens": report.num_tokens,
+                    "micro_batches": report.num_micro_batches,
+                    "means": dict(report.means),
+                }
+            )
+    return reports
+
+
+def run(job: dict[str, Any], world: World) -> None:
+    settings = TrainerSettings(
+        model_dir=job["model_dir"],
+        initial_weights="random",
+        device="cpu",
+        **job["settings"],
+    )
+    objective = build_objective(settings.objective)
+    backend = FsdpBackend(settings, world, with_reference=objective.needs_reference)
+    learner = Learner(backend, objective, loss_aggregation=settings.objective.loss_aggregation)
+    if "load" in job:
+        backend.load(Path(job["load"]))
+    reports = train(learner, settings, job, world)
+    if "save" in job:
+        backend.save(Path(job["save"]))
+    if "export" in job:
+        backend.export_hf(Path(job["export"]))
+    weights: dict[str, torch.Tensor] = {}
+    for bucket in backend.plan_buckets(bucket_bytes=5000, wire_dtype=None):
+        flat = backend.gather_bucket(bucket)
+        if flat is not None:
+            weights |= read_bucket(bucket, flat)
+    if world.leads:
+        torch.save({"reports": reports, "weights": weights, "updates": backend.num_updates}, job["out"])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    world = join(timeout_s=60, device="cpu")
+    for job in json.loads(sys.argv[1]):
+        run(job, world)
+    leave(world)
+    exit_process(0)
+
+
+if __name__ == "__main__":
+    main()
