@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from enum import IntEnum
 
@@ -39,7 +39,7 @@ class SampleSlots:
         return sum(self._held.values())
 
     @asynccontextmanager
-    async def hold(self, priority: Priority) -> AsyncIterator[None]:
+    async def hold(self, priority: Priority) -> AsyncGenerator[None]:
         """Waits for a slot and keeps it for the block."""
         await self._acquire(priority)
         try:

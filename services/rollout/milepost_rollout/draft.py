@@ -11,6 +11,8 @@ import numpy as np
 from milepost.types import Int32Array, Outcome, Sample, VersionSpan
 from milepost_rollout.replies import Generation
 
+Mark = tuple[int, tuple[VersionSpan, ...], int, int, bool]
+
 
 class Draft:
     """Tokens, masks, log-probs and spans of a sample so far."""
@@ -41,16 +43,21 @@ class Draft:
         """Appends what the model did not write."""
         self._append(ids, np.zeros(len(ids), np.uint8), np.zeros(len(ids), np.float32))
 
-    def restart(self) -> None:
-        """Forgets everything after the prompt."""
-        self.__init__(self._tokens[0])
+    def mark(self) -> Mark:
+        """Where the draft stands, for `rewind`."""
+        return (len(self._tokens), tuple(self._spans), self.length, self.generated, self.exact)
+
+    def rewind(self, mark: Mark) -> None:
+        """Forgets what was appended since `mark`."""
+        pieces, spans, self.length, self.generated, self.exact = mark
+        self._spans = list(spans)
+        for part in (self._tokens, self._masks, self._logprobs):
+            del part[pieces:]
 
     @property
     def tokens(self) -> Int32Array:
         """Everything so far, int32 [length]."""
-        if len(self._tokens) > 1:
-            self._tokens = [self._tokens[0], np.concatenate(self._tokens[1:])]
-        return np.concatenate(self._tokens)
+        return np.concatenate(self._tokens) if len(self._tokens) > 1 else self._tokens[0]
 
     @property
     def response(self) -> Int32Array:

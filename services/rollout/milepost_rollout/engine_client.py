@@ -3,10 +3,10 @@
 One request, one answer, one of these ends; nothing is retried here:
 
     Generation      the engine answered (also when it was cut short: `finish` is "abort")
-    EngineAway      nobody to ask now: no connection, 429, 502, 503, 504; waiting helps
+    EngineAway      nobody to ask now: no connection, 429, 502, 503; waiting helps
     EngineRefused   400, 413, 422: this request will never be answered
     EngineFailed    any other status, an answer cut off, or rubbish; another engine may do better
-    TimeoutError    the deadline passed
+    TimeoutError    the deadline passed, here or at the router (504)
 
 With `stream` the last complete chunk is kept, unparsed, while the next ones come: when the stream breaks, its
 tokens are not lost. Chunks are cumulative, so only the last one is ever parsed.
@@ -25,7 +25,9 @@ import orjson
 from milepost.types import Int32Array
 from milepost_rollout.replies import Generation, RouterRecord, RubbishReply, parse_reply
 
-_AWAY = frozenset({429, 502, 503, 504})
+KEEP_IDLE_S = 4.0
+"""Shorter than what servers commonly keep (uvicorn: 5 s), so that no request meets a closing connection."""
+_AWAY = frozenset({429, 502, 503})
 _REFUSED = frozenset({400, 413, 422})
 _DONE = b"[DONE]"
 
@@ -119,7 +121,7 @@ class EngineClient:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=30.0)
+            connector = aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=KEEP_IDLE_S)
             self._session = aiohttp.ClientSession(
                 connector=connector,
                 timeout=aiohttp.ClientTimeout(total=None),
@@ -160,6 +162,8 @@ def _failure(response: aiohttp.ClientResponse, body: bytes) -> Exception:
     message = f"{response.status}: {_message(body)}"
     if response.status in _AWAY:
         return EngineAway(message, answered=True, retry_after_s=_seconds(response.headers.get("Retry-After")))
+    if response.status == 504:
+        return TimeoutError(message)
     if response.status in _REFUSED:
         return EngineRefused(message)
     return EngineFailed(message)
