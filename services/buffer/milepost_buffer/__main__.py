@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from milepost import errors
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def serving(settings: BufferSettings) -> AsyncIterator[tuple[GrpcServer, Ledger]]:
-    """A buffer that serves until the block ends: waiting calls answer first, then the server, then Redis stops."""
+async def serving(settings: BufferSettings) -> AsyncGenerator[tuple[GrpcServer, Ledger]]:
+    """A buffer that serves until the block ends: waiting calls answer first, Redis stops last."""
     async with AsyncExitStack() as stack:
         url = settings.redis_url
         if not url:

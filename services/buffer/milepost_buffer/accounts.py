@@ -12,8 +12,8 @@ from milepost_buffer.store import Store, prefix_of
 
 PAGE = 500
 _COLUMNS = (
-    "state", "att", "dig", "seq", "src", "inst", "llab", "fail", "stale", "seal", "lab", "sseq", "bytes", "facts", "step",
-    "pos", "age", "bound", "why", "note", "tomb",
+    "state", "att", "dig", "seq", "src", "inst", "llab", "fail", "stale", "seal", "lab", "sseq",
+    "bytes", "facts", "step", "pos", "age", "bound", "why", "note", "tomb",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class Accounts:
         prompt_ids: Sequence[str] = (),
         from_step: int = 0,
     ) -> AsyncIterator[list[t.LedgerRow]]:
-        """Pages of rows: by step and position first, then in order of acceptance. Each page is of one instant."""
+        """Pages of rows: by step and position first, then in order of acceptance. A page is one instant."""
         wanted = {s for s in states if s != t.PromptState.UNSPECIFIED}
 
         def keep(row: t.LedgerRow | None) -> bool:
@@ -105,7 +105,7 @@ class Accounts:
         return missing
 
     async def own_audit(self, run_id: str) -> OwnAudit:
-        """Every row against every count and every list, in one script: linear in the prompts ever accepted."""
+        """Every row against every count and list, in one script: linear in the prompts ever accepted."""
         reply = await self._store.call(run_id, "audit")
         accepted, trained, in_flight, lost, twice, beyond, max_age, why, problems, committed, version = reply
         report = t.AuditReport(
@@ -127,7 +127,7 @@ def _scored(found: Sequence[Any]) -> list[tuple[bytes, float]]:
 
 
 def _row(prompt_id: str, values: Sequence[bytes | None]) -> t.LedgerRow:
-    v = dict(zip(_COLUMNS, values, strict=True))
+    v: dict[str, bytes | None] = dict(zip(_COLUMNS, values, strict=True))
 
     def number(name: str) -> int:
         return int(v[name] or 0)
@@ -164,7 +164,7 @@ def _stats(
         for name, value in fields.items()
         if name.startswith("dropped:") and int(value)
     }
-    stats = t.RunStats(
+    return t.RunStats(
         run_id=run_id,
         accepted=number("accepted"),
         waiting=number("waiting"),
@@ -189,7 +189,6 @@ def _stats(
         expired_leases=number("expired"),
         stale_requeues=number("stale_requeues"),
     )
-    return stats
 
 
 def _waiting_for(fields: Mapping[str, str], admissible: int, open_sources: int) -> str:

@@ -1,6 +1,7 @@
 """The audit of a run: Redis by itself, then Redis against witnesses that live outside of it.
 
-What Redis forgets it forgets consistently, so that part one alone stays green; part two is the judge after a crash.
+What Redis forgets it forgets consistently, so that part one alone stays green; part two is the judge after a
+crash.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def compare_steps(
 ) -> tuple[int, list[str]]:
     """Steps a witness knows against the ledger's: prompts that the ledger lost, and what differs in words.
 
-    A step above `committed_step` may be rewound (its groups are ASSIGNED, in the same order); one that the ledger does not
-    hold at all is lost.
+    A step above `committed_step` may be rewound (its groups are ASSIGNED, in the same order); one that the
+    ledger does not hold at all is lost.
     """
     lost, problems = 0, [f"{witness.name}: prompt {name} stands twice" for name in _trained_twice(witness)]
     for m in witness.steps:

@@ -1,8 +1,9 @@
-"""What a request must look like before it may reach the ledger. Pure functions; errors name field, value and remedy."""
+"""What a request must look like before it may reach the ledger. Pure functions; errors name the remedy."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -87,12 +88,13 @@ def check_sampling(sampling: SamplingParams, *, where: str) -> None:
 
 
 def group_problem(group: Group) -> str | None:
-    """What is wrong with a group by itself, in words; None when nothing is. The run's limits are the script's to check."""
+    """What is wrong with a group by itself, in words, or None. The run's limits are the script's to check."""
     header = group.header
     samples = len(header.num_tokens)
     for name in ("outcomes", "rewards"):
         if len(getattr(header, name)) != samples:
-            return f"{name} has {len(getattr(header, name))} entries, num_tokens has {samples}; give one for each sample"
+            given = len(getattr(header, name))
+            return f"{name} has {given} entries, num_tokens has {samples}; give one for each sample"
     return _header_problem(header) or _payload_problem(group)
 
 
@@ -104,12 +106,13 @@ def _header_problem(header: GroupHeader) -> str | None:
     if any(math.isinf(r) for r in header.rewards):
         return f"rewards = {list(header.rewards)}: give finite numbers, or NaN where there is none"
     if header.num_loss_tokens > sum(header.num_tokens):
-        return f"num_loss_tokens = {header.num_loss_tokens} of {sum(header.num_tokens)} tokens; count the masks again"
+        total = sum(header.num_tokens)
+        return f"num_loss_tokens = {header.num_loss_tokens} of {total} tokens; count the masks again"
     versions = header.weight_versions
-    if any(b <= a for a, b in zip(versions, versions[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(versions)):
         return f"weight_versions = {list(versions)}: give each once, ascending"
     if 0 in versions:
-        return "weight_versions holds 0, weights that no ledger names; roll it out on engines that serve this run"
+        return "weight_versions holds 0, weights that no ledger names; use engines that serve this run"
     if not versions and header.num_loss_tokens:
         return "weight_versions is empty but tokens are trained on; name the versions that generated them"
     if any(v > MAX_EXACT for v in versions):

@@ -1,7 +1,7 @@
 """One Redis: how to reach it, whether it may be trusted with the ledger, and which incarnation of it answers.
 
-`RedisLink.run_id` is Redis's own run id. It is read anew on every new connection, and a restart or a failover breaks
-every connection, so that it changes with the first call that the new Redis answers.
+`RedisLink.run_id` is Redis's own run id. It is read anew on every new connection, and a restart or a
+failover breaks every connection, so that it changes with the first call that the new Redis answers.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class RedisLink:
             except (RedisError, OSError) as error:
                 if loop.time() >= deadline:
                     raise errors.Unavailable(
-                        f"redis_url = {self.url}: no answer within redis_wait_s = {wait_s:g} ({error}); start Redis, "
+                        f"redis_url = {self.url}: no answer within redis_wait_s = {wait_s:g} ({error}); "
+                        "start Redis, "
                         "correct redis_url, or leave redis_url empty to use the embedded server",
                         reason="REDIS_DOWN",
                     ) from error
@@ -89,10 +90,12 @@ class RedisLink:
         if require_aof:
             await self._warn_of_window()
         await self.client.set(SCHEMA_KEY, SCHEMA, nx=True)
-        found = (await self.client.get(SCHEMA_KEY) or b"").decode()
+        stored: Any = await self.client.get(SCHEMA_KEY)
+        found = stored.decode() if stored else ""
         if found != SCHEMA:
             raise errors.FailedPrecondition(
-                f"{SCHEMA_KEY} = {found}: this Redis holds ledgers of another schema, this build writes {SCHEMA}; use "
+                f"{SCHEMA_KEY} = {found}: this Redis holds ledgers of another schema, this build writes "
+                f"{SCHEMA}; use "
                 "the build that wrote it, or another Redis",
                 reason="SCHEMA",
             )
@@ -104,7 +107,8 @@ class RedisLink:
             return
         if fsync != "always":
             log.warning(
-                "redis appendfsync = %s: writes of the last second or more may be lost in a crash; clients restate "
+                "redis appendfsync = %s: writes of the last second or more may be lost in a crash; "
+                "clients restate "
                 "them, and `CONFIG SET appendfsync always` closes the window",
                 fsync,
             )
@@ -117,14 +121,16 @@ def check_durability(
     policy = str(memory.get("maxmemory_policy", ""))
     if policy != "noeviction":
         raise errors.FailedPrecondition(
-            f"redis {url}: maxmemory-policy = {policy} would evict the ledger; set maxmemory-policy noeviction in "
+            f"redis {url}: maxmemory-policy = {policy} would evict the ledger; set maxmemory-policy "
+            "noeviction in "
             "redis.conf, or CONFIG SET maxmemory-policy noeviction",
             reason="REDIS_EVICTS",
             metadata={"maxmemory-policy": policy},
         )
     if require_aof and int(persistence.get("aof_enabled", 0)) != 1:
         raise errors.FailedPrecondition(
-            f"redis {url}: appendonly = no loses the ledger at a restart; set appendonly yes and appendfsync always in "
+            f"redis {url}: appendonly = no loses the ledger at a restart; set appendonly yes and "
+            "appendfsync always in "
             "redis.conf, or accept the loss with require_aof = false",
             reason="REDIS_WITHOUT_AOF",
             metadata={"appendonly": "no"},

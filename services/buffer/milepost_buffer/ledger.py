@@ -1,15 +1,16 @@
-"""The ledger: all that must survive a crash, behind plain async methods. State lives in Redis, none of it here.
+"""The ledger: all that must survive a crash, behind plain async methods. State lives in Redis, none of it
+here.
 
     prompt clients --put--> WAITING --lease--> ROLLING --seal--> READY --lease--> ASSIGNED --commit--> TRAINED
                                ^------- expired, released, stale -------'            ^---- resume ----'
 
-Dataclasses in and out, errors of `milepost.errors`. Any number of ledgers, in any number of processes, may share one
-Redis: every change is one call of `ledger.lua`, and every wait is woken through Redis.
+Dataclasses in and out, errors of `milepost.errors`. Any number of ledgers, in any number of processes, may
+share one Redis: every change is one call of `ledger.lua`, and every wait is woken through Redis.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class Ledger:
 @asynccontextmanager
 async def open_ledger(
     redis_url: str, *, redis_wait_s: float = 10.0, require_aof: bool = True, clock: Clock | None = None
-) -> AsyncIterator[Ledger]:
+) -> AsyncGenerator[Ledger]:
     """Connects to a Redis, checks that it may hold a ledger, and closes everything at the end.
 
     Args:

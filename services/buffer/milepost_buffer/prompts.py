@@ -251,11 +251,14 @@ _BY_CAUSE = {
     "attempt": "attempt = {attempt}: the ledger is at attempt {value}; the lease is lost, forget the group",
     "state": "the prompt is {state}; forget the group",
     "place": "the lease expired and its place was given to another prompt; forget the group",
-    "samples": "num_tokens has {samples} entries: a group of this run has {value} samples; release the prompt and "
+    "samples": "num_tokens has {samples} entries: a group of this run has {value} samples; release the "
+    "prompt and "
     "roll it out again",
-    "bytes": "payload of {size} bytes: at most {value} (max_group_bytes); shorten the samples, or create the run with "
+    "bytes": "payload of {size} bytes: at most {value} (max_group_bytes); shorten the samples, or create "
+    "the run with "
     "more",
-    "outcomes": "outcomes = {outcomes}: failed samples are sealed only with error_policy = mask; release or drop the "
+    "outcomes": "outcomes = {outcomes}: failed samples are sealed only with error_policy = mask; release "
+    "or drop the "
     "prompt",
     "version": "weight version {value} is not published in the ledger yet; put the group again",
     "void": "weight version {value} was burned by a newer trainer; release the prompt and roll it out again",

@@ -10,12 +10,14 @@ _TABLE: Mapping[str, tuple[type[e.MilepostError], str]] = {
     "UNKNOWN_RUN": (e.NotFound, "run_id = {run_id}: no such run; the trainer creates it with CreateRun"),
     "RUN_EXISTS": (
         e.AlreadyExists,
-        "run_id = {run_id} exists with another config ({config}); use its config, change the live fields with "
+        "run_id = {run_id} exists with another config ({config}); use its config, change the live fields "
+        "with "
         "UpdateRun, or choose another run_id",
     ),
     "SCHEMA": (
         e.FailedPrecondition,
-        "run_id = {run_id} was written by schema {ledger}, this build writes {build}; use the build that wrote it",
+        "run_id = {run_id} was written by schema {ledger}, this build writes {build}; use the build that "
+        "wrote it",
     ),
     "CONFIG_RACE": (
         e.FailedPrecondition,
@@ -28,20 +30,24 @@ _TABLE: Mapping[str, tuple[type[e.MilepostError], str]] = {
     ),
     "SOURCE_DIGEST": (
         e.FailedPrecondition,
-        "digest = {given}: the source was opened with digest {stored}, so its cursor means nothing here; restore the "
+        "digest = {given}: the source was opened with digest {stored}, so its cursor means nothing here; "
+        "restore the "
         "content or open a source under another name",
     ),
     "CURSOR": (
         e.FailedPrecondition,
-        "expected_cursor = {expected!r}: the stored cursor is {stored!r}; call OpenSource and go on from there",
+        "expected_cursor = {expected!r}: the stored cursor is {stored!r}; call OpenSource and go on from "
+        "there",
     ),
     "PROMPT_EXISTS": (
         e.AlreadyExists,
-        "prompt_id = {prompt_id}: it is in the ledger with other content; give the new content another prompt_id",
+        "prompt_id = {prompt_id}: it is in the ledger with other content; give the new content another "
+        "prompt_id",
     ),
     "INSTANCE_SUPERSEDED": (
         e.FailedPrecondition,
-        "instance_id = {instance_id}: a newer instance of this gateway took over; stop this one, or give it another "
+        "instance_id = {instance_id}: a newer instance of this gateway took over; stop this one, or give "
+        "it another "
         "gateway_id",
     ),
     "STALE_TERM": (e.StaleTerm, "term = {term}: {newest} is in force, another one took over; stop"),
@@ -56,7 +62,8 @@ _TABLE: Mapping[str, tuple[type[e.MilepostError], str]] = {
     ),
     "STEP_AHEAD": (
         e.FailedPrecondition,
-        "step = {step}: {committed} is the newest committed step and at most two ahead may be leased; commit first",
+        "step = {step}: {committed} is the newest committed step and at most two ahead may be leased; "
+        "commit first",
     ),
     "STEP_SKIPPED": (
         e.FailedPrecondition,
@@ -81,17 +88,20 @@ _TABLE: Mapping[str, tuple[type[e.MilepostError], str]] = {
     ),
     "MANIFEST_MISMATCH": (
         e.FailedPrecondition,
-        "manifest: at step {step} prompt {prompt_id} is not where the ledger has it; this checkpoint is of another "
+        "manifest: at step {step} prompt {prompt_id} is not where the ledger has it; this checkpoint is "
+        "of another "
         "history: use one of this run, or fork",
     ),
     "MANIFEST_LACKS": (
         e.DataLoss,
-        "manifest: step {step} is missing; the ledger knows steps up to {committed} and the checkpoint is of step "
+        "manifest: step {step} is missing; the ledger knows steps up to {committed} and the checkpoint "
+        "is of step "
         "{checkpoint}; give the manifest that lies in the checkpoint, or load one at or before {committed}",
     ),
     "GAP": (
         e.DataLoss,
-        "checkpoint_step = {checkpoint}: payloads up to step {trimmed} are gone; load a newer checkpoint, or say "
+        "checkpoint_step = {checkpoint}: payloads up to step {trimmed} are gone; load a newer "
+        "checkpoint, or say "
         "on_gap = regenerate | drop",
     ),
     "VERSION_VOID": (
@@ -109,7 +119,8 @@ _TABLE: Mapping[str, tuple[type[e.MilepostError], str]] = {
     ),
     "OLDER_LABEL": (
         e.FailedPrecondition,
-        "label = {label} is below the published {published}; replay in silence up to it, or set allow_older_label when "
+        "label = {label} is below the published {published}; replay in silence up to it, or set "
+        "allow_older_label when "
         "no engine serves it any more",
     ),
     "OLDER_VERSION": (

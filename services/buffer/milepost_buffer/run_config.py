@@ -35,8 +35,8 @@ DEFAULTS = RunConfig(
 )
 LIVE = frozenset(
     {
-        "groups_per_step", "max_staleness", "publish_every", "on_stale", "stale_attempts", "max_attempts", "lease_ttl_s",
-        "max_payload_bytes", "filter_equal_rewards",
+        "groups_per_step", "max_staleness", "publish_every", "on_stale", "stale_attempts", "max_attempts",
+        "lease_ttl_s", "max_payload_bytes", "filter_equal_rewards",
     }
 )  # fmt: skip
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -53,8 +53,8 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "max_lag_steps": (1, MAX_COUNT),
 }
 _NUMBERS = (
-    "groups_per_step", "samples_per_prompt", "max_staleness", "stale_attempts", "max_attempts", "max_group_bytes",
-    "max_payload_bytes", "on_stale", "tail", "error_policy",
+    "groups_per_step", "samples_per_prompt", "max_staleness", "stale_attempts", "max_attempts",
+    "max_group_bytes", "max_payload_bytes", "on_stale", "tail", "error_policy",
 )  # fmt: skip
 
 
@@ -109,8 +109,8 @@ def check(config: RunConfig) -> None:
     c: Any = config
     if c.max_staleness < c.publish_every - 1:
         raise InvalidArgument(
-            f"config.max_staleness = {c.max_staleness} with publish_every = {c.publish_every}: the last step before a "
-            f"publication could never fill; give max_staleness >= {c.publish_every - 1}"
+            f"config.max_staleness = {c.max_staleness} with publish_every = {c.publish_every}: the last step "
+            f"before a publication could never fill; give max_staleness >= {c.publish_every - 1}"
         )
     least = 2 * c.groups_per_step * c.max_group_bytes
     if c.max_payload_bytes < least:
@@ -132,7 +132,7 @@ def from_json(text: str | bytes) -> RunConfig:
     values = {name: value for name, value in raw.items() if name in known}
     sampling = values.get("sampling")
     if sampling is not None:
-        tuples = {name: tuple(sampling[name]) for name in ("stop", "stop_token_ids")}
+        tuples: dict[str, Any] = {name: tuple(sampling[name]) for name in ("stop", "stop_token_ids")}
         values["sampling"] = SamplingParams(**{**sampling, **tuples})
     values |= {
         "on_stale": OnStale(values["on_stale"]),

@@ -17,7 +17,8 @@ class BufferSettings(ServiceSettings, table="buffer"):
     """Address under which others reach it. Empty: `listen`."""
 
     redis_url: str = ""
-    """redis://, rediss:// or unix:// URL of the Redis that holds the ledger. Empty: an embedded server in `data_dir`."""
+    """URL (redis://, rediss:// or unix://) of the Redis that holds the ledger. Empty: an embedded server in
+    `data_dir`."""
 
     data_dir: str = "milepost-data"
     """Folder of the embedded server's append-only file. Unused with `redis_url`."""
@@ -29,4 +30,4 @@ class BufferSettings(ServiceSettings, table="buffer"):
     """Refuse a Redis without an append-only file. False accepts that a restart of Redis loses the run."""
 
     appendfsync: str = Field(default="always", pattern="^(always|everysec)$")
-    """When the embedded server syncs its file: `always`, or `everysec`, which may lose the last second or more."""
+    """When the embedded server syncs its file: `always`, or `everysec`, which may lose a second or more."""

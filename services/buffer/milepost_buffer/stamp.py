@@ -1,4 +1,4 @@
-"""Every reply carries the run id of the Redis behind it, so that whoever acted on a fact learns that Redis restarted."""
+"""Every reply carries the run id of the Redis behind it: whoever acted on a fact learns that it restarted."""
 
 from __future__ import annotations
 

@@ -140,7 +140,8 @@ class Steps:
 def _check_consumer(consumer_id: str) -> None:
     if consumer_id != PUBLISHER:
         raise errors.Unimplemented(
-            f"consumer_id = {consumer_id!r}: followers are not supported by this build; the publisher is {PUBLISHER!r}"
+            f"consumer_id = {consumer_id!r}: followers are not supported by this build; the publisher is "
+            f"{PUBLISHER!r}"
         )
 
 

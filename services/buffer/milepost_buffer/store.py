@@ -1,4 +1,4 @@
-"""Runs the ledger's script: one call, one atomic change. Knows Redis's errors; knows nothing of the ledger."""
+"""Runs the ledger's script: one call, one atomic change. Knows Redis's errors and nothing of the ledger."""
 
 from __future__ import annotations
 

@@ -63,8 +63,11 @@ class Versions:
     async def watch(
         self, run_id: str, *, after_version: int = 0, max_wait_s: float = 60.0
     ) -> AsyncIterator[t.WeightVersion]:
-        """The newest published version if it is above `after_version`, then each publication; ends after a quiet
-        `max_wait_s`. Publications that follow one another faster than they are read are skipped for the newest."""
+        """The newest published version if it is above `after_version`, then each publication.
+
+        Ends after a quiet `max_wait_s`. A reader that is slower than publication gets the newest and skips
+        those before it.
+        """
         await self._store.call(run_id, "rows")
         seen = after_version
         while True:

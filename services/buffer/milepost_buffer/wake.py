@@ -1,10 +1,12 @@
-"""Waiting without polling: a call that cannot be answered yet sleeps until some replica says that its run changed.
+"""Waiting without polling: a call that cannot be answered yet sleeps until some replica says that its run
+changed.
 
-    script --PUBLISH mp:{run}:wake "ps"--> Redis --> Bell (one subscription a process) --> listeners of that run
+    script --PUBLISH mp:{run}:wake "ps"--> Redis --> Bell (one subscription a process) --> listeners of that
+    run
 
-The letters are documented at the head of ledger.lua. A listener registers before it asks, so that a change between asking
-and sleeping is not missed. Between a broken subscription and its repair, and against anything unforeseen, listeners ask
-again every `FALLBACK_S`. Owned by the process; listeners own nothing.
+The letters are documented at the head of ledger.lua. A listener registers before it asks, so that a change
+between asking and sleeping is not missed. Between a broken subscription and its repair, and against anything
+unforeseen, listeners ask again every `FALLBACK_S`. Owned by the process; listeners own nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -82,7 +84,7 @@ class Bell:
                     await asyncio.wait_for(rung.wait(), pause)
 
     @contextlib.contextmanager
-    def _listen(self, run_id: str, letters: str) -> Iterator[asyncio.Event]:
+    def _listen(self, run_id: str, letters: str) -> Generator[asyncio.Event]:
         entry = (frozenset(letters), asyncio.Event())
         self._listeners.setdefault(run_id, set()).add(entry)
         try:
