@@ -137,7 +137,8 @@ def line_of(step: StepMetrics) -> str:
     return (
         f"step {step.step:3d}  reward {m['reward_mean']:.3f}  loss {m['loss']:+.4f}  "
         f"grad norm {m['grad_norm']:.2f}  staleness {m['staleness_max']:.0f}  "
-        f"{m['tokens_per_s']:.0f} tokens/s  wait {m['wait_s']:.2f} s  train {m['train_s']:.2f} s  publish {m['publish_s']:.2f} s"
+        f"{m['tokens_per_s']:.0f} tokens/s  wait {m['wait_s']:.2f} s  "
+        f"train {m['train_s']:.2f} s  publish {m['publish_s']:.2f} s"
     )
 
 
