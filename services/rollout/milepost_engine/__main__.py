@@ -1,6 +1,7 @@
-"""Runs one engine: `python -m milepost_engine --model DIR --port 30000`.
+"""Runs one engine: `python -m milepost_engine serve --model DIR --port 30000`.
 
-Prints `engine ready http://host:port model=... dialect=...` once it serves. SIGTERM ends live requests with
+Prints `engine ready http://host:port model=... dialect=...` once it serves; with `--router` it registers there
+under its `advertise` URL and leaves before it stops. SIGTERM ends live requests with
 `finish_reason` abort and the process within `shutdown_timeout_s`. Exit status: 0 stopped, 1 the scheduler
 died, 2 bad settings or a model that cannot be served.
 """
@@ -23,8 +24,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import uvicorn
 
 from milepost_common import process
-from milepost_engine.app import ServingHook, create_app
+from milepost_engine.app import create_app
 from milepost_engine.engine import Engine, build
+from milepost_engine.registration import Registrar, describe
 from milepost_engine.runner import UnsupportedModel
 from milepost_engine.settings import EngineSettings, from_command_line
 
@@ -35,9 +37,10 @@ _CLOSE_GRACE_S = 1.0
 class _Server(uvicorn.Server):
     """uvicorn that leaves signals to the process and says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, settings: EngineSettings) -> None:
+    def __init__(self, config: uvicorn.Config, settings: EngineSettings, engine: Engine) -> None:
         super().__init__(config)
-        self._settings = settings
+        self._settings, self._engine = settings, engine
+        self.registrar: Registrar | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -53,11 +56,13 @@ class _Server(uvicorn.Server):
         settings = self._settings
         url = f"http://{settings.host}:{port}"
         print(f"engine ready {url} model={settings.name} dialect={settings.dialect}", flush=True)
+        if settings.router:
+            known_as = describe(settings, url=url, context_length=self._engine.limits.context_length)
+            self.registrar = Registrar(settings.router, engine=known_as, admin_api_key=settings.admin_api_key)
+            self.registrar.start()
 
 
-async def serve(
-    settings: EngineSettings, stop: asyncio.Event, *, while_serving: ServingHook | None = None
-) -> int:
+async def serve(settings: EngineSettings, stop: asyncio.Event) -> int:
     """Serves until `stop` is set or the scheduler dies; returns the exit status."""
     failed = asyncio.Event()
 
@@ -71,7 +76,7 @@ async def serve(
     except (UnsupportedModel, OSError, ValueError) as error:
         print(f"milepost: engine: {error}", file=sys.stderr, flush=True)
         return 2
-    server = _server(engine, settings, while_serving)
+    server = _server(engine, settings)
     stopper = asyncio.create_task(_stop_when_asked(stop, engine, server))
     try:
         await server.serve()
@@ -82,25 +87,28 @@ async def serve(
     return 0 if server.started else 2
 
 
-def _server(engine: Engine, settings: EngineSettings, while_serving: ServingHook | None) -> _Server:
+def _server(engine: Engine, settings: EngineSettings) -> _Server:
     config = uvicorn.Config(
-        create_app(engine, while_serving=while_serving),
+        create_app(engine),
         host=settings.host,
         port=settings.port,
         http="httptools",
         ws="none",
         log_config=None,
+        log_level="warning",
         access_log=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(int(settings.shutdown_timeout_s / 2), 1),
         backlog=2048,
     )
-    return _Server(config, settings)
+    return _Server(config, settings, engine)
 
 
 async def _stop_when_asked(stop: asyncio.Event, engine: Engine, server: _Server) -> None:
-    """Ends live requests first, so that their replies leave before the connections are closed."""
+    """Leaves the router, then ends live requests so that their replies leave before connections are closed."""
     await stop.wait()
+    if server.registrar:
+        await server.registrar.close()
     scheduler = engine.scheduler
     future = scheduler.call(lambda: scheduler.abort(everything=True, message="the engine is shutting down"))
     with contextlib.suppress(Exception):
@@ -110,7 +118,8 @@ async def _stop_when_asked(stop: asyncio.Event, engine: Engine, server: _Server)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Reads settings and serves; returns the exit status."""
-    settings = from_command_line(sys.argv[1:] if argv is None else argv)
+    args = list(sys.argv[1:] if argv is None else argv)
+    settings = from_command_line(args[1:] if args[:1] == ["serve"] else args)
 
     async def until(stop: asyncio.Event) -> int:
         return await serve(settings, stop)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,28 +22,19 @@ from milepost_engine.http_openai import router as openai_router
 
 logger = logging.getLogger(__name__)
 
-ServingHook = Callable[[Engine], AbstractAsyncContextManager[None]]
 
-
-def create_app(engine: Engine, *, while_serving: ServingHook | None = None) -> FastAPI:
+def create_app(engine: Engine) -> FastAPI:
     """Builds the application.
 
     Args:
         engine: Started with the application, stopped with it.
-        while_serving: Entered once the engine runs and left before it stops: the place of whatever tells
-        others
-            about this engine.
     """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         engine.start()
         try:
-            if while_serving is None:
-                yield
-            else:
-                async with while_serving(engine):
-                    yield
+            yield
         finally:
             await engine.stop()
 

@@ -57,13 +57,13 @@ class Waiter:
 
     async def finished(self) -> None:
         """Returns once every generation is finished."""
-        while self._unfinished:
+        while self._unfinished > 0:
             self._event.clear()
             await self._event.wait()
 
     async def changes(self) -> AsyncIterator[Generation]:
         """Yields generations as they advance, each for the last time when it is finished."""
-        while self._unfinished or self._changed:
+        while self._unfinished > 0 or self._changed:
             if not self._changed:
                 self._event.clear()
                 await self._event.wait()

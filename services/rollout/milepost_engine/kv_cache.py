@@ -119,6 +119,7 @@ class SlotCache(Cache):
         new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
+    @torch.inference_mode()
     def remove(self, rows: list[int]) -> list[tuple[int, int]]:
         """Frees rows and packs the others to the front.
 

@@ -14,16 +14,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 
 from milepost.channel import NO_RETRY
 from milepost.client import RouterClient
 from milepost.errors import MilepostError, NotFound
-from milepost.types import Engine
+from milepost.types import Engine, EngineCapabilities, Transport
+from milepost_engine.dialect import DIALECTS
+from milepost_engine.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
-DRAIN_S = 5.0
+DRAIN_S = 2.0
+TRANSPORTS = (Transport.GLOO, Transport.SHM, Transport.DISK)
+
+
+def describe(settings: EngineSettings, *, url: str, context_length: int) -> Engine:
+    """This engine as its router is to know it; the instance is new at each call."""
+    reached_at = settings.advertise or url
+    dialect = DIALECTS[settings.dialect]
+    return Engine(
+        engine_id=settings.engine_id or reached_at.rpartition("/")[2],
+        url=reached_at,
+        run_id=settings.run_id,
+        instance_id=uuid.uuid4().hex,
+        capabilities=EngineCapabilities(
+            engine=f"milepost {settings.dialect}",
+            update_session=dialect.has_update_session,
+            version_spans=dialect.reports_version_spans,
+            checksum=True,
+            transports=TRANSPORTS,
+            context_length=context_length,
+        ),
+    )
 
 
 class Registrar:

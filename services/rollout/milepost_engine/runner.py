@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from milepost_engine.kv_cache import SlotCache
 
@@ -56,6 +57,7 @@ def load_model(
         raise UnsupportedModel(
             f"model is '{path}', which holds no config.json: name a Hugging Face model folder"
         )
+    disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if load_format == "dummy" or not any((*path.glob("*.safetensors"), *path.glob("*.bin"))):

@@ -80,6 +80,7 @@ class Scheduler:
         self._on_death = on_death
         self._generator = torch.Generator().manual_seed(seed)
         self._plan: SamplingPlan | None = None
+        self._admitted: list[Generation] = []  # left `waiting`, not yet in `running`: during a prefill alone
         self._advanced: list[Generation] = []
         self._inbox: queue.SimpleQueue[list[Generation] | Callable[[], None] | None] = queue.SimpleQueue()
         self._accepting = threading.Lock()
@@ -256,7 +257,7 @@ class Scheduler:
                 self._handle(self._inbox.get_nowait())
         except queue.Empty:
             pass
-        for generation in (*self.running, *self.waiting):
+        for generation in (*self.running, *self._admitted, *self.waiting):
             self._close(generation, FinishReason("abort", message=message))
         self.running.clear()
         self.waiting.clear()
@@ -270,9 +271,10 @@ class Scheduler:
     # ---- one step --------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        batch = self._admit()
-        if batch:
-            self._prefill(batch)
+        self._admitted = self._admit()
+        if self._admitted:
+            self._prefill(self._admitted)
+            self._admitted = []
         elif self.running:
             self._decode()
 
@@ -350,8 +352,9 @@ class Scheduler:
         self._drop(done)
 
     def _close(self, generation: Generation, reason: FinishReason) -> None:
-        generation.close(reason, version=self.weight_version)
-        self._advanced.append(generation)
+        if generation.finish is None:
+            generation.close(reason, version=self.weight_version)
+            self._advanced.append(generation)
 
     def _drop(self, rows: list[int]) -> None:
         if not rows:
