@@ -1,9 +1,9 @@
 """Runs one engine: `python -m milepost_engine serve --model DIR --port 30000`.
 
-Prints `engine ready http://host:port model=... dialect=...` once it serves; with `--router` it registers there
-under its `advertise` URL and leaves before it stops. SIGTERM ends live requests with
-`finish_reason` abort and the process within `shutdown_timeout_s`. Exit status: 0 stopped, 1 the scheduler
-died, 2 bad settings or a model that cannot be served.
+Prints `engine ready http://host:port model=... dialect=...` once it serves; with `--router` it registers
+there under its `advertise` URL and leaves before it stops. SIGTERM ends live requests with `finish_reason`
+abort and the process within `shutdown_timeout_s`. Exit status: 0 stopped, 1 the scheduler died, 2 bad
+settings or a model that cannot be served.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _server(engine: Engine, settings: EngineSettings) -> _Server:
 
 
 async def _stop_when_asked(stop: asyncio.Event, engine: Engine, server: _Server) -> None:
-    """Leaves the router, then ends live requests so that their replies leave before connections are closed."""
+    """Leaves the router, then ends live requests, whose replies go out before connections close."""
     await stop.wait()
     if server.registrar:
         await server.registrar.close()

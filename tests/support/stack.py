@@ -1,0 +1,152 @@
+"""A whole stack under `milepost up`: start it, look at it, kill parts of it, stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milepost import BufferClient
+from milepost.errors import MilepostError
+from milepost.types import LedgerRow, RunStats
+
+ROOT = Path(__file__).resolve().parents[2]
+ARITHMETIC = ROOT / "examples" / "arithmetic"
+MILEPOST = str(Path(sys.executable).with_name("milepost"))
+STOP_S = 60.0
+
+
+def run(*command: str | Path, timeout_s: float = 120.0) -> str:
+    """Runs a command to its end; returns what it printed."""
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, timeout=timeout_s, cwd=ROOT
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+async def until(what: str, check: Callable[[], Awaitable[Any]], *, within_s: float) -> Any:
+    """Asks until the answer is true, and returns it; fails with `what` at the deadline."""
+    answer: Any = None
+    try:
+        async with asyncio.timeout(within_s):
+            while True:
+                with contextlib.suppress(MilepostError):
+                    answer = await check()
+                    if answer:
+                        return answer
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        pytest.fail(f"not within {within_s:.0f} s: {what} (last answer: {answer!r})")
+
+
+@dataclass
+class Stack:
+    """A running `milepost up`."""
+
+    run_id: str
+    run_dir: Path
+    process: subprocess.Popen[bytes]
+
+    def service(self, name: str) -> dict[str, Any]:
+        """What up.json says of a service."""
+        return json.loads((self.run_dir / "up.json").read_text())["services"][name]
+
+    def address(self, name: str, protocol: str = "grpc") -> str:
+        """Where a service listens; the same after a restart."""
+        return self.service(name)["addresses"][protocol]
+
+    async def ready(self, name: str, *, starts: int = 1) -> dict[str, Any]:
+        """Waits until a service is ready for the `starts`-th time or more."""
+
+        async def check() -> dict[str, Any] | None:
+            if self.process.poll() is not None:
+                pytest.fail(f"milepost up ended with {self.process.returncode}\n{self.logs()}")
+            with contextlib.suppress(FileNotFoundError, KeyError):
+                service = self.service(name)
+                if service["state"] == "ready" and service["starts"] >= starts:
+                    return service
+            return None
+
+        return await until(f"{name} ready, start {starts}", check, within_s=90)
+
+    async def kill(self, name: str) -> None:
+        """kill -9, then waits until the supervisor has brought it back."""
+        service = await self.ready(name)
+        os.kill(service["pid"], signal.SIGKILL)
+        await self.ready(name, starts=service["starts"] + 1)
+
+    @asynccontextmanager
+    async def buffer(self) -> AsyncIterator[BufferClient]:
+        """A client of the buffer."""
+        await self.ready("buffer")
+        async with BufferClient(self.address("buffer")) as client:
+            yield client
+
+    async def stats(self, buffer: BufferClient) -> RunStats:
+        """Counts of the run."""
+        return (await buffer.get_stats(self.run_id))[0]
+
+    async def order(self, buffer: BufferClient) -> dict[tuple[int, int], str]:
+        """(step, position) -> prompt_id of every group in a step."""
+        rows: list[LedgerRow] = [r async for r in buffer.get_ledger(self.run_id) if r.step]
+        return {(r.step, r.position): r.prompt_id for r in rows}
+
+    def logs(self) -> str:
+        """The end of each log, for failures."""
+        parts = [
+            f"--- {p.name}\n{p.read_text(errors='replace')[-1500:]}"
+            for p in sorted(self.run_dir.glob("logs/*.log"))
+        ]
+        return "\n".join(parts)
+
+    def stop(self) -> int:
+        """Ctrl-C; returns the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            pytest.fail(f"milepost up did not stop within {STOP_S} s\n{self.logs()}")
+
+
+def write_config(run_dir: Path, model: Path, **changes: Any) -> Path:
+    """A small run: 4 groups of 2 samples a step, checkpoint every 4 steps."""
+    tables: dict[str, Any] = {
+        "run": {
+            "run_id": run_dir.name,
+            "groups_per_step": 4,
+            "samples_per_prompt": 2,
+            "max_staleness": 2,
+            "lease_ttl_s": 5.0,
+            "reward": "exact",
+        },
+        "run.sampling": {"temperature": 1.0, "max_new_tokens": 5},
+        "up": {"run_dir": str(run_dir), "engines": 2},
+        "engine": {"model": str(model)},
+        "rollout": {"tokenizer": str(model)},
+        "trainer": {"model_dir": str(model), "export_dir": str(run_dir / "final")},
+        "trainer.checkpoint": {"dir": str(run_dir / "checkpoints"), "every": 4},
+        "trainer.metrics": {"dir": str(run_dir), "tensorboard": False},
+    }
+    for name, table in changes.items():
+        tables[name.replace("__", ".")] = tables.get(name.replace("__", "."), {}) | table
+    lines: list[str] = []
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in table.items()), ""]
+    path = run_dir / "milepost.toml"
+    path.write_text("\n".join(lines))
+    return path
