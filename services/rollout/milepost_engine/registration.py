@@ -6,8 +6,8 @@
       (NOT_FOUND: register again)
       drain, remove              ------>  no new requests; forgotten
 
-The registrar owns one task. It ends with `close()`, which drains within a deadline; a router that is away never
-keeps the engine from starting or from stopping.
+The registrar owns one task. It ends with `close()`, which drains within a deadline; a router that is away
+never keeps the engine from starting or from stopping.
 """
 
 from __future__ import annotations
