@@ -17,7 +17,7 @@ import orjson
 
 from milepost.types import TensorSpec
 from milepost_router.record import EngineRecord
-from milepost_router.upstream import Died, GaveUp, Pool, UpstreamError
+from milepost_router.upstream import Died, GaveUp, Pool, Refused, UpstreamError
 
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 
@@ -35,7 +35,11 @@ class EngineRefused(EngineFault):
 
 
 class EngineBroken(EngineFault):
-    """It did not answer, or not sensibly."""
+    """It did not answer, or not sensibly; `gone`: its process is not there any more."""
+
+    def __init__(self, message: str, *, gone: bool = False) -> None:
+        super().__init__(message)
+        self.gone = gone
 
 
 class EngineApi:
@@ -163,7 +167,7 @@ class EngineApi:
         except TimeoutError:
             raise EngineBroken(f"{where}: no answer within {deadline_s:g} s") from None
         except UpstreamError as error:
-            raise EngineBroken(f"{where}: {error}") from error
+            raise EngineBroken(f"{where}: {error}", gone=isinstance(error, Refused | Died)) from error
         return _judge(where, status, raw, json_reply=json_reply)
 
     async def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:

@@ -388,6 +388,12 @@ class Fleet:
             if record.state is S.SERVING and record.version not in (0, version):
                 self._make_stale(record, f"holds version {record.version}; the run is at {version}")
 
+    def disown(self, run_id: str, version: int, why: str) -> None:
+        """The ledger refused a version that is served already: nobody serves it any more."""
+        for record in self.of_run(run_id):
+            if record.state is S.SERVING and record.version == version:
+                self._make_stale(record, f"version {version} was refused by the ledger: {why}")
+
     # ------------------------------------------------------------------------------------ within
 
     def _settle(self, record: EngineRecord, state: EngineState, why: str) -> None:

@@ -10,8 +10,8 @@ is reachable from here.
 - A reply that is no event stream is read whole before a byte of it is passed on, so that another engine can
   repair any failure before its end. A stream that broke off ends with an `error` event.
 - Requests in flight stay with an engine through an update. One that is pinned to a version is ended instead.
-- The client closing its connection closes ours: the engine aborts. A deadline and the fleet giving up an engine
-  do the same.
+- When the client closes its connection we close ours, and the engine aborts. A deadline, and the fleet giving
+  up an engine, do the same.
 
 The app owns its passages; the fleet's counters are changed only here (`request_started`, `request_ended`).
 """

@@ -1,8 +1,8 @@
 """Which engine takes a request: a gate, then a policy. Pure functions over records; nothing here waits.
 
 The gate: SERVING, of the request's run, at a version that the request accepts, not tried yet.
-The policy: a session stays with the engine that rendezvous hashing gives it, so it moves only when that engine
-leaves or its version does not fit; a request without one goes where fewest are in flight.
+The policy: a session stays with the engine that rendezvous hashing gives it, and moves only when that one
+leaves or its version does not fit; a request without a session goes where fewest are in flight.
 """
 
 from __future__ import annotations

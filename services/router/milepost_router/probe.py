@@ -1,0 +1,181 @@
+"""Looks at every engine, and at once at one that a connection broke to.
+
+    each interval, each engine:  /health, /model_info ──> fleet.probe_ok / probe_failed
+                                 first look: /server_info ──> what it can do
+    a STALE engine with complete weights ──> the ledger's word ──> resume it ──> fleet.admit
+    an engine with half an update and no transaction ──> end its requests, resume it; it stays STALE
+
+The prober owns its tasks: the round, and at most one look an engine. Each look has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from milepost import types as t
+from milepost.types import EngineState, Transport
+from milepost_router import version_string
+from milepost_router.engine_api import EngineApi, EngineBroken, EngineFault
+from milepost_router.fleet import Fleet
+from milepost_router.ledger import Ledger
+from milepost_router.record import EngineRecord
+from milepost_router.upstream import Pool
+
+log = logging.getLogger(__name__)
+
+ApiOf = Callable[[EngineRecord], EngineApi]
+
+
+class Prober:
+    """Keeps the fleet's states true.
+
+    Args:
+      fleet: the engines.
+      pool: connections, swept of idle ones at each round.
+      api: makes the client of an engine.
+      ledger: proves versions; None: there is none.
+      interval_s, timeout_s: how often, and for how long.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        pool: Pool,
+        api: ApiOf,
+        *,
+        ledger: Ledger | None,
+        interval_s: float,
+        timeout_s: float,
+    ) -> None:
+        self._fleet, self._pool, self._api, self._ledger = fleet, pool, api, ledger
+        self._interval_s, self._timeout_s = interval_s, timeout_s
+        self._looks: dict[EngineRecord, asyncio.Task[None]] = {}
+        self._round: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Starts the rounds."""
+        self._round = asyncio.create_task(self._rounds(), name="probe rounds")
+
+    async def close(self) -> None:
+        """Ends every look."""
+        tasks = [*self._looks.values(), *([self._round] if self._round else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def look_at(self, record: EngineRecord) -> None:
+        """Looks at an engine now, if nobody does."""
+        if record not in self._looks and record.state is not EngineState.UPDATING:
+            task = asyncio.create_task(self._look(record), name=f"probe {record.engine_id}")
+            self._looks[record] = task
+            task.add_done_callback(lambda done: self._looked(record, done))
+
+    def look_at_url(self, url: str) -> None:
+        """Looks at the engine that listens there."""
+        for record in self._fleet:
+            if record.url == url:
+                self.look_at(record)
+
+    def _looked(self, record: EngineRecord, done: asyncio.Task[None]) -> None:
+        self._looks.pop(record, None)
+        if not done.cancelled() and done.exception() is not None:
+            log.error("probe of %s failed", record.engine_id, exc_info=done.exception())
+
+    async def _rounds(self) -> None:
+        while True:
+            for record in list(self._fleet):
+                self.look_at(record)
+                self._pool.sweep(record.url)
+            await asyncio.sleep(self._interval_s)
+
+    async def _look(self, record: EngineRecord) -> None:
+        """One look at one engine."""
+        generation = record.generation
+        api = self._api(record)
+        loop = asyncio.get_running_loop()
+        try:
+            if not record.capabilities.engine:
+                self._fleet.capable(record, capabilities_of(await api.server_info()))
+            await api.health(timeout_s=self._timeout_s)
+            info = await api.model_info(timeout_s=self._timeout_s)
+            text = _version_of(record, info)
+        except EngineFault as fault:
+            self._fleet.probe_failed(record, str(fault), generation=generation)
+            return
+        new = record.state in (EngineState.JOINING, EngineState.DEAD)
+        self._fleet.probe_ok(record, text, generation=generation, now=loop.time())
+        if record.state is EngineState.STALE and not record.transaction and not self._fleet.unversioned:
+            await self._settle(record, api, new=new)
+
+    async def _settle(self, record: EngineRecord, api: EngineApi, *, new: bool) -> None:
+        """Admits an engine with complete weights; frees one that an earlier router left in mid-update."""
+        if record.version_string.startswith(version_string.UPDATING) and new:
+            with contextlib.suppress(EngineFault):
+                await api.abort_all()
+                await api.resume()
+        elif record.loaded is not None and self._ledger is not None:
+            await self._prove(record, api, self._ledger)
+
+    async def _prove(self, record: EngineRecord, api: EngineApi, ledger: Ledger) -> None:
+        loaded, generation = record.loaded, record.generation
+        assert loaded is not None
+        if record.home_run not in ("", loaded.run_id):
+            self._fleet.explain(
+                record, f"holds weights of run {loaded.run_id}, but works for {record.home_run}"
+            )
+            return
+        members = tuple(e.engine_id for e in self._fleet if e.loaded == loaded)
+        why_not = await ledger.judge(loaded, members)
+        if why_not:
+            self._fleet.explain(record, why_not)
+            return
+        with contextlib.suppress(EngineFault):
+            if record.transaction or record.generation != generation:
+                return
+            await api.resume()  # the router that paused it may be gone
+            self._fleet.admit(record, loaded, generation=generation)
+
+
+def _version_of(record: EngineRecord, info: dict[str, Any]) -> str:
+    text: object = info.get("weight_version")
+    if not isinstance(text, str):
+        raise EngineBroken(f"{record.engine_id}: /model_info: weight_version = {text!r} is no string")
+    return text
+
+
+def capabilities_of(info: dict[str, Any]) -> t.EngineCapabilities:
+    """What an engine can do, from its /server_info; a release tells its rules."""
+    release = str(info.get("version") or "0")
+    numbers = _numbers(release)
+    ours = info.get("engine") == "milepost_engine"
+    if ours:
+        transports = (Transport.GLOO, Transport.SHM, Transport.DISK)
+    else:
+        transports = (Transport.NCCL, Transport.CUDA_IPC, Transport.DISK)
+    return t.EngineCapabilities(
+        engine=f"{'milepost' if ours else 'sglang'} {release}",
+        update_session=numbers >= (0, 5, 21),
+        version_spans=numbers >= (0, 5, 19),
+        checksum=numbers >= (0, 5, 17),
+        transports=transports,
+        tensor_parallel_size=_positive(info.get("tp_size"), 1),
+        context_length=_positive(info.get("context_length"), 0),
+    )
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """(0, 5, 21) of "0.5.21.post1"."""
+    numbers: list[int] = []
+    for part in release.split("."):
+        if not part.isdecimal():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def _positive(value: object, default: int) -> int:
+    return value if isinstance(value, int) and value > 0 else default

@@ -1,0 +1,483 @@
+"""One weight transaction: all members get one version, or nobody serves it.
+
+    PREPARED ── first bucket ──> TRANSFERRING ── commit ──> COMMITTING ── published ──> COMMITTED
+       │ members serve on            │ members paused           │ refused by the ledger, nobody left
+       └────────── abort ────────────┴───────────┬──────────────┘
+                                                 v
+                                              ABORTED   untouched members are as before, touched ones STALE
+
+What ends it without a commit: AbortWeights, the trainer's stream breaking, its deadline, a newer term, the
+router's stop. All of them call `abort`, which interrupts a bucket under way and is idempotent, like `commit`.
+
+A member that fails is QUARANTINED alone and the others go on, where each has its own bytes (shm, disk).
+Where a collective carries them (gloo), one failure breaks the group for all: members whose process is gone
+are QUARANTINED, the others leave the group, STALE, and the trainer starts again with the next attempt.
+
+Order at the commit: sessions closed, weights read back (a synchronising call), checksums equal between engines
+of one layout, version strings set, version published in the ledger, engines resumed, fleet told. The ledger
+being away delays only the publication.
+
+State belongs to the transaction and is changed under its lock; members settle their engines in the fleet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+from milepost import types as t
+from milepost.errors import DataLoss, FailedPrecondition, InvalidArgument, MilepostError, StaleEpoch
+from milepost.types import Transport
+from milepost_router.engine_api import EngineBroken, EngineFault
+from milepost_router.member import Member, handles_of
+from milepost_router.version_string import LoadedVersion
+
+log = logging.getLogger(__name__)
+
+Publish = Callable[["Transaction", tuple[str, ...]], Awaitable[bool]]
+
+BROKEN_GROUP_GRACE_S = 2.0
+"""How long members of a collective may take to notice that another one failed."""
+
+
+class Phase(Enum):
+    """Where a transaction stands."""
+
+    PREPARED = auto()
+    TRANSFERRING = auto()
+    COMMITTING = auto()
+    COMMITTED = auto()
+    ABORTED = auto()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was prepared; never changes.
+
+    Attributes:
+      transaction_id: its name.
+      request: the trainer's request.
+      version: the number.
+      loaded: the number with run and label, the string of a complete engine.
+      fleet_epoch: of the fleet when its members were fixed.
+      group_name: process group (gloo); empty: none.
+      expires_at: end of its time on the loop's clock.
+      bucket_timeout_s: deadline of one bucket.
+      verify_checksum: compare checksums before the commit.
+    """
+
+    transaction_id: str
+    request: t.PrepareRequest
+    version: int
+    fleet_epoch: int
+    group_name: str
+    expires_at: float
+    bucket_timeout_s: float
+    verify_checksum: bool
+    manifest: dict[str, t.TensorSpec] = field(default_factory=dict[str, t.TensorSpec])
+
+    @property
+    def loaded(self) -> LoadedVersion:
+        """What a complete engine carries."""
+        return LoadedVersion(self.request.run_id, self.version, self.request.label)
+
+    @property
+    def collective(self) -> bool:
+        """One member's failure is everybody's."""
+        return self.request.transport in (Transport.GLOO, Transport.NCCL)
+
+
+class Transaction:
+    """The state machine.
+
+    Args:
+      plan: what was prepared.
+      members: who takes part.
+      publish: publishes the version in the ledger; False: the ledger is away.
+      committed: called once at the commit.
+    """
+
+    def __init__(
+        self, plan: Plan, members: Sequence[Member], *, publish: Publish, committed: Callable[[Plan], None]
+    ) -> None:
+        self.plan, self.members = plan, tuple(members)
+        self.phase = Phase.PREPARED
+        self.ended = asyncio.Event()
+        self.num_buckets = 0
+        self.why_aborted = ""
+        self._publish, self._on_committed = publish, committed
+        self._sent: set[str] = set()
+        self._lock = asyncio.Lock()
+        self._work: asyncio.Task[Any] | None = None
+        self._joining: asyncio.Task[None] | None = None
+        self._cleaning: set[asyncio.Task[None]] = set()
+        self._outcome: t.Committed | None = None
+        self._stale: tuple[str, ...] = ()
+
+    # ------------------------------------------------------------------------------------ reading
+
+    @property
+    def prepared(self) -> t.Prepared:
+        """The answer to its preparation."""
+        return t.Prepared(
+            transaction_id=self.plan.transaction_id,
+            version=self.plan.version,
+            fleet_epoch=self.plan.fleet_epoch,
+            members=tuple(m.describe() for m in self.members),
+            group_name=self.plan.group_name,
+            world_size=1 + sum(m.ranks for m in self.members) if self.plan.collective else 0,
+        )
+
+    @property
+    def is_open(self) -> bool:
+        """It can still be committed."""
+        return self.phase in (Phase.PREPARED, Phase.TRANSFERRING, Phase.COMMITTING)
+
+    @property
+    def is_transferred(self) -> bool:
+        """Every tensor of its manifest was taken."""
+        return self.num_buckets > 0 and self._sent >= set(self.plan.manifest)
+
+    @property
+    def _live(self) -> list[Member]:
+        return [m for m in self.members if not m.failed]
+
+    def _remaining_s(self) -> float:
+        return max(0.05, self.plan.expires_at - asyncio.get_running_loop().time())
+
+    # ------------------------------------------------------------------------------------ prepare
+
+    def open_group(self) -> None:
+        """Lets every member join the trainer's process group, in the background."""
+        self._joining = asyncio.create_task(self._join(), name=f"join {self.plan.group_name}")
+
+    async def _join(self) -> None:
+        request = self.plan.request
+        group = {
+            "master_address": request.master_address,
+            "master_port": request.master_port,
+            "world_size": self.prepared.world_size,
+            "group_name": self.plan.group_name,
+            "backend": "gloo" if request.transport is Transport.GLOO else "nccl",
+        }
+        timeout_s = min(self.plan.bucket_timeout_s, self._remaining_s())
+        faults = await self._each(self._live, lambda m: m.join_group(group, timeout_s=timeout_s))
+        for member, fault in faults.items():
+            member.failed = str(fault)
+
+    # ------------------------------------------------------------------------------------ buckets
+
+    async def take(self, header: t.BucketHeader) -> t.BucketAck:
+        """Gives one bucket to every member.
+
+        Raises:
+          StaleEpoch: the header belongs to another fleet epoch.
+          InvalidArgument: it does not continue or does not fit the manifest.
+          FailedPrecondition: the transaction is over.
+        """
+        async with self._lock:
+            self._require_open(header.fleet_epoch)
+            self._check(header)
+            work = asyncio.create_task(self._transfer(header), name=f"bucket {header.bucket_index}")
+            self._work = work
+            try:
+                await asyncio.wait([work])
+            finally:
+                self._work = None
+                work.cancel()
+            if work.cancelled():
+                raise self._over()
+            broken = work.result()
+            self.num_buckets += 1
+            self._sent.update(spec.name for spec in header.tensors)
+            ack = self._acknowledge(header.bucket_index, broken)
+            if broken:
+                await self._put_back_all("its process group broke: " + "; ".join(broken))
+            elif not self._live:
+                await self._put_back_all("no member is left")
+            return ack
+
+    async def _transfer(self, header: t.BucketHeader) -> list[str]:
+        """Moves one bucket; returns why the group is broken, where one is."""
+        first = self.phase is Phase.PREPARED
+        if first:
+            broken = await self._open_members()
+            if broken:
+                return broken
+        timeout_s = min(self.plan.bucket_timeout_s, self._remaining_s())
+        transport = self.plan.request.transport
+        faults = await self._each(self._live, lambda m: m.take(header, transport, timeout_s=timeout_s))
+        return await self._judge(faults, first=first)
+
+    async def _open_members(self) -> list[str]:
+        if self._joining is not None:
+            await self._joining
+        not_joined = [m.failed for m in self.members if m.failed]
+        if not_joined:
+            return not_joined
+        self.phase = Phase.TRANSFERRING
+        mode = self.plan.request.pause_mode
+        faults = await self._each(self._live, lambda m: m.open(mode))
+        return await self._judge(faults, first=False)
+
+    async def _judge(self, faults: dict[Member, EngineFault], *, first: bool) -> list[str]:
+        """What failures of a step mean; returns why the group is broken."""
+        if not faults:
+            return []
+        if self.plan.collective:
+            for member, fault in faults.items():
+                member.failed = str(fault)
+            return [str(fault) for fault in faults.values()]
+        for member, fault in faults.items():
+            if first and not member.touched and not member.gone:
+                await self._dismiss(member, str(fault))
+            else:
+                self._quarantine(member, str(fault))
+        return []
+
+    async def _dismiss(self, member: Member, why: str) -> None:
+        """It refused the first bucket whole: it goes on with what it had."""
+        member.failed = why
+        try:
+            await member.put_back(f"refused the new weights and keeps what it has: {why}")
+        except EngineFault as fault:
+            self._quarantine(member, str(fault))
+
+    def _quarantine(self, member: Member, why: str) -> None:
+        member.fail(why)
+        task = asyncio.create_task(member.clean_up(), name=f"clean up {member.engine_id}")
+        self._cleaning.add(task)
+        task.add_done_callback(self._cleaning.discard)
+
+    def _acknowledge(self, bucket_index: int, broken: list[str]) -> t.BucketAck:
+        acks = tuple(
+            t.EngineAck(engine_id=m.engine_id, ok=not m.failed, message=m.failed) for m in self.members
+        )
+        return t.BucketAck(bucket_index=bucket_index, acks=acks, group_broken=bool(broken))
+
+    def _check(self, header: t.BucketHeader) -> None:
+        """Refuses a header that does not continue the transaction, before any engine hears of it."""
+        where = f"bucket_index = {header.bucket_index}"
+        if header.bucket_index != self.num_buckets:
+            raise InvalidArgument(f"{where}: bucket {self.num_buckets} comes next; send buckets without gaps")
+        for spec in header.tensors:
+            if spec != self.plan.manifest.get(spec.name):
+                promised = self.plan.manifest.get(spec.name)
+                raise InvalidArgument(
+                    f"{where}: tensor {spec.name!r} as {spec.dtype} {list(spec.shape)} is not in the "
+                    f"manifest ({_spec(promised)}); send what was prepared"
+                )
+            if spec.name in self._sent:
+                raise InvalidArgument(f"{where}: tensor {spec.name!r} was sent already; send each once")
+        if self.plan.request.transport is not Transport.GLOO:
+            for member in self._live:
+                handles_of(header, member)
+        elif not header.tensors:
+            raise InvalidArgument(f"{where}: tensors is empty; name what is broadcast")
+
+    # ------------------------------------------------------------------------------------ commit
+
+    async def commit(self, *, fleet_epoch: int, num_buckets: int) -> t.Committed:
+        """Verifies, names, publishes, resumes. Asked again it answers the same.
+
+        Raises:
+          StaleEpoch, InvalidArgument: the request does not fit; the transaction stays open.
+          FailedPrecondition: it is over, incomplete, or the ledger refuses the version.
+          DataLoss: engines of one layout hold different weights.
+        """
+        async with self._lock:
+            if self._outcome is not None:
+                return self._outcome
+            self._require_open(fleet_epoch)
+            self._require_complete(num_buckets)
+            self.phase = Phase.COMMITTING
+            try:
+                return await self._commit()
+            except MilepostError as error:
+                if not self.ended.is_set():
+                    await self._put_back_all(str(error))
+                raise
+
+    async def _commit(self) -> t.Committed:
+        sums = await self._verify()
+        await self._step(lambda m: m.name(self.plan.loaded))
+        self._require_members()
+        try:
+            published = await self._publish(self, tuple(m.engine_id for m in self._live))
+        except MilepostError:
+            await self._each(self._live, lambda m: m.unname())
+            raise
+        await self._step(lambda m: m.finish())
+        self.phase = Phase.COMMITTED
+        self._on_committed(self.plan)
+        self._outcome = t.Committed(
+            version=self.plan.version,
+            serving=tuple(m.engine_id for m in self._live),
+            quarantined={m.engine_id: m.failed for m in self.members if m.failed},
+            checksums={m.engine_id: sums[m] for m in self._live if sums.get(m)},
+            published=published,
+        )
+        self.ended.set()
+        if self.plan.collective:
+            for member in self._live:
+                self._in_background(member.leave_group(), f"leave group {member.engine_id}")
+        return self._outcome
+
+    async def _verify(self) -> dict[Member, str]:
+        """Reads back every member; those of one layout must agree."""
+        last = next(reversed(self.plan.manifest), "")
+        sums: dict[Member, str] = {}
+
+        async def verify(member: Member) -> None:
+            sums[member] = await member.verify(last, with_checksum=self.plan.verify_checksum)
+
+        await self._step(verify)
+        for member, why in odd_ones({m: (_layout(m), sums[m]) for m in self._live if sums.get(m)}).items():
+            self._quarantine(member, why)
+        if not self._live and any(sums.values()):
+            raise DataLoss(
+                "engines of one layout hold different weights after the transfer: all are given up"
+            )
+        self._require_members()
+        return sums
+
+    async def _step(self, call: Callable[[Member], Awaitable[None]]) -> None:
+        """One step of the commit; those who fail it are out."""
+        for member, fault in (await self._each(self._live, call)).items():
+            self._quarantine(member, str(fault))
+
+    def _require_members(self) -> None:
+        if not self._live:
+            reasons = "; ".join(m.failed for m in self.members)
+            raise FailedPrecondition(f"no member is left: {reasons}", reason="NO_MEMBERS")
+
+    def _require_complete(self, num_buckets: int) -> None:
+        if num_buckets != self.num_buckets:
+            raise InvalidArgument(f"num_buckets = {num_buckets}, but {self.num_buckets} were taken")
+        missing = sorted(set(self.plan.manifest) - self._sent)
+        tensors_named = self._sent or self.plan.request.transport is not Transport.DISK
+        if missing and tensors_named:
+            raise FailedPrecondition(
+                f"{len(missing)} tensors of the manifest were not sent, {missing[0]!r} among them; send them",
+                reason="INCOMPLETE",
+            )
+
+    # ------------------------------------------------------------------------------------ the end
+
+    async def abort(self, why: str) -> tuple[str, ...]:
+        """Ends it without publishing, if it is open; returns the engines that are STALE because of it."""
+        if self.is_open and self.phase is not Phase.COMMITTING and not self.why_aborted:
+            self.why_aborted = why
+            if self._work is not None:
+                self._work.cancel()
+        async with self._lock:
+            if self.is_open:
+                await self._put_back_all(why)
+        return self._stale
+
+    async def settled(self) -> None:
+        """Waits until what it left to do in the background is done."""
+        while self._cleaning:
+            await asyncio.wait(list(self._cleaning))
+
+    async def _put_back_all(self, why: str) -> None:
+        """Settles every member that is still in it."""
+        self.why_aborted = self.why_aborted or why
+        log.warning("transaction %s aborted: %s", self.plan.transaction_id, why)
+        if self._joining is not None:
+            self._joining.cancel()
+        stale: list[str] = []
+        left = [m for m in self.members if m.present]
+        gone = {m: m.failed for m in left if m.failed and m.gone}
+        for member, reason in gone.items():
+            self._quarantine(member, reason)
+        staying = [m for m in left if m not in gone]
+        for member, fault in (await self._each(staying, lambda m: m.put_back(why))).items():
+            self._quarantine(member, str(fault))
+        stale = [m.engine_id for m in staying if m.touched and m.record.state is t.EngineState.STALE]
+        self._stale = tuple(stale)
+        self.phase = Phase.ABORTED
+        self.ended.set()
+
+    # ------------------------------------------------------------------------------------ within
+
+    def _require_open(self, fleet_epoch: int) -> None:
+        if not self.is_open or self.why_aborted:
+            raise self._over()
+        if fleet_epoch != self.plan.fleet_epoch:
+            raise StaleEpoch(
+                f"fleet_epoch = {fleet_epoch}, but transaction {self.plan.transaction_id} was prepared in "
+                f"epoch {self.plan.fleet_epoch}; prepare again"
+            )
+
+    def _over(self) -> FailedPrecondition:
+        state = "was aborted: " + self.why_aborted if self.phase is not Phase.COMMITTED else "is committed"
+        return FailedPrecondition(
+            f"transaction {self.plan.transaction_id} {state}; prepare again", reason="TRANSACTION_OVER"
+        )
+
+    async def _each(
+        self, members: Sequence[Member], call: Callable[[Member], Awaitable[None]]
+    ) -> dict[Member, EngineFault]:
+        """Calls all members at once; returns who failed. In a collective nobody waits for a failed one."""
+        faults: dict[Member, EngineFault] = {}
+
+        async def one(member: Member) -> None:
+            try:
+                await call(member)
+            except EngineFault as fault:
+                member.gone = member.gone or (isinstance(fault, EngineBroken) and fault.gone)
+                faults[member] = fault
+
+        calls = {asyncio.create_task(one(m), name=m.engine_id): m for m in members}
+        waiting = set(calls)
+        try:
+            while waiting:
+                grace_s = BROKEN_GROUP_GRACE_S if faults and self.plan.collective else None
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    task.result()
+                if not done:
+                    break
+        finally:
+            for task in waiting:
+                task.cancel()
+        for task in waiting:
+            faults[calls[task]] = EngineBroken(f"{calls[task].engine_id}: waits in a group that is broken")
+        return faults
+
+    def _in_background(self, work: Awaitable[None], name: str) -> None:
+        async def run() -> None:
+            await work
+
+        task = asyncio.create_task(run(), name=name)
+        self._cleaning.add(task)
+        task.add_done_callback(self._cleaning.discard)
+
+
+def odd_ones(sums: dict[Member, tuple[str, str]]) -> dict[Member, str]:
+    """Members whose checksum differs from most of their layout's; without a majority, all of them."""
+    odd: dict[Member, str] = {}
+    for layout in {layout for layout, _ in sums.values()}:
+        of_layout = {m: s for m, (its, s) in sums.items() if its == layout}
+        common, count = Counter(of_layout.values()).most_common(1)[0]
+        majority = 2 * count > len(of_layout)
+        for member, checksum in of_layout.items():
+            if len(set(of_layout.values())) > 1 and not (majority and checksum == common):
+                odd[member] = f"{member.engine_id}: checksum {checksum[:16]} differs from others of {layout}"
+    return odd
+
+
+def _layout(member: Member) -> str:
+    return f"{member.record.capabilities.engine} tp={member.ranks}"
+
+
+def _spec(spec: t.TensorSpec | None) -> str:
+    return "unknown name" if spec is None else f"there it is {spec.dtype} {list(spec.shape)}"
