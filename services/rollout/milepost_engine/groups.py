@@ -11,7 +11,9 @@ torch's own helper beside, never as, the default process group.
 Nothing here blocks the event loop and nothing waits without a deadline: joining runs on a small executor and
 is bounded by the group's timeout; receiving starts the collectives and waits on their futures, so `destroy`
 ends a receive at once. A collective that was given up stays in gloo's own thread until the group's timeout,
-writing to a staging buffer that nobody reads.
+writing to a staging buffer that nobody reads. The destructor of a group waits for such a collective *and
+keeps the interpreter lock meanwhile*, so the last reference to a broken group is kept in `_limbo` until its
+collectives have ended.
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ class _Group:
     spec: GroupSpec
     handle: dist.ProcessGroup
     arrivals: list[asyncio.Future[None]] = field(default_factory=list[asyncio.Future[None]])
+    in_gloo: int = 0  # collectives that gloo has not ended, whether or not anybody waits for them
 
 
 class GroupRegistry:
@@ -89,6 +92,7 @@ class GroupRegistry:
         self._timeout_s = timeout_s
         self._groups: dict[str, _Group] = {}
         self._joining: set[str] = set()
+        self._limbo: set[_Group] = set()
         self._executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="engine-group")
 
     async def init(self, spec: GroupSpec) -> None:
@@ -131,6 +135,8 @@ class GroupRegistry:
                 arrival.set_exception(
                     UpdateRefused("the group was destroyed while weights were on their way")
                 )
+        if group.in_gloo:
+            self._limbo.add(group)
         _leave(group.handle)
 
     def require(self, name: str) -> None:
@@ -179,7 +185,7 @@ class GroupRegistry:
 
     async def _collect(self, group: _Group, landing: list[torch.Tensor], timeout_s: float) -> None:
         try:
-            group.arrivals = [_broadcast(group.handle, tensor) for tensor in landing if tensor.numel()]
+            group.arrivals = [self._broadcast(group, tensor) for tensor in landing if tensor.numel()]
         except RuntimeError as error:
             raise UpdateRefused(f"group '{group.spec.name}' is broken: {str(error)[:300]}") from error
         if not group.arrivals:
@@ -197,6 +203,36 @@ class GroupRegistry:
             ) from failures[0]
         if late:
             raise UpdateRefused(f"weights of group '{group.spec.name}' did not arrive within {timeout_s:g} s")
+
+    def _broadcast(self, group: _Group, tensor: torch.Tensor) -> asyncio.Future[None]:
+        """Starts receiving one tensor; the future is set on the event loop when its bytes are there."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Future[None] = loop.create_future()
+
+        def settle(error: BaseException | None) -> None:
+            group.in_gloo -= 1
+            if not group.in_gloo:
+                self._limbo.discard(group)
+            if arrived.done():
+                return
+            if error is None:
+                arrived.set_result(None)
+            else:
+                arrived.set_exception(error)
+
+        def on_done(future: Any) -> None:
+            error: BaseException | None = None
+            try:
+                future.value()
+            except RuntimeError as caught:
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+                loop.call_soon_threadsafe(settle, error)
+
+        work: Any = dist.broadcast(tensor, src=0, group=group.handle, async_op=True)
+        group.in_gloo += 1
+        work.get_future().add_done_callback(on_done)
+        return arrived
 
     def close(self) -> None:
         """Leaves every group; nothing can be joined any more."""
@@ -237,30 +273,3 @@ def _leave(handle: dist.ProcessGroup) -> None:
         dist.destroy_process_group(handle)
     except (RuntimeError, ValueError, KeyError):
         logger.exception("a weight update group did not close cleanly")
-
-
-def _broadcast(handle: dist.ProcessGroup, tensor: torch.Tensor) -> asyncio.Future[None]:
-    """Starts receiving one tensor; the future is set on the event loop when its bytes are there."""
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Future[None] = loop.create_future()
-
-    def settle(error: BaseException | None) -> None:
-        if arrived.done():
-            return
-        if error is None:
-            arrived.set_result(None)
-        else:
-            arrived.set_exception(error)
-
-    def on_done(future: Any) -> None:
-        error: BaseException | None = None
-        try:
-            future.value()
-        except RuntimeError as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop may be closed by now
-            loop.call_soon_threadsafe(settle, error)
-
-    work: Any = dist.broadcast(tensor, src=0, group=handle, async_op=True)
-    work.get_future().add_done_callback(on_done)
-    return arrived
