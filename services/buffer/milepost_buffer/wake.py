@@ -59,10 +59,10 @@ class Bell:
         """Ends the subscription; waiting calls answer at once with what they have."""
         self._closing = True
         self._ring_all()
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        task = self._task
+        while task is not None and not task.done():
+            task.cancel()  # again: a client library may swallow one that comes while it connects
+            await asyncio.wait([task], timeout=0.1)
 
     async def wait_for(
         self, run_id: str, letters: str, ask: Callable[[], Awaitable[Answer[T]]], *, max_wait_s: float
@@ -105,7 +105,7 @@ class Bell:
                 event.set()
 
     async def _serve(self) -> None:
-        while True:
+        while not self._closing:
             try:
                 await self._subscribe()
             except (RedisError, OSError) as error:
