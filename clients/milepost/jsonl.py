@@ -109,17 +109,22 @@ def _parse(line: bytes | str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise _Wrong("the line", repr(line[:20]), f"UTF-8 ({error})", "save the file as UTF-8") from None
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         wanted = f"one JSON object ({error.msg} at column {error.colno})"
-        raise _Wrong(
-            "the line", text.strip(), wanted, "write one object a line, strings in double quotes"
-        ) from None
+        remedy = "write one object a line, strings in double quotes"
+        raise _Wrong("the line", text.strip(), wanted, remedy) from None
+    except ValueError as error:  # NaN and Infinity, and numbers of thousands of digits
+        raise _Wrong("the line", text.strip(), f"JSON ({error})", "write finite numbers") from None
     except RecursionError:
         raise _Wrong("the line", text.strip(), "a JSON object", "nest it less deeply") from None
     if not isinstance(value, dict):
         raise _Wrong("the line", value, "a JSON object", 'write {"prompt": ...}')
     return cast(dict[str, Any], value)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _prompt(fields: dict[str, Any], default_id: str) -> Prompt:

@@ -15,6 +15,7 @@ tokens are not lost. Chunks are cumulative, so only the last one is ever parsed.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -142,7 +143,8 @@ def _headers(request: GenerateRequest, timeout_s: float) -> dict[str, str]:
     if request.version:
         headers["x-milepost-version"] = str(request.version)
     if request.session:
-        headers["x-milepost-session"] = request.session
+        name = hashlib.blake2b(request.session.encode(), digest_size=12)  # any prompt id fits a header so
+        headers["x-milepost-session"] = name.hexdigest()
     return headers
 
 
@@ -223,7 +225,10 @@ class _Events:
         self._rest += chunk
         *whole, self._rest = self._rest.split(b"\n\n")
         for event in whole:
-            data = event.strip().removeprefix(b"data:").strip()
+            event = event.strip()
+            if not event.startswith(b"data:"):  # a comment, such as the router's word on versions
+                continue
+            data = event.removeprefix(b"data:").strip()
             if data == _DONE:
                 self.done = True
             elif data.startswith(b'{"error"'):

@@ -13,7 +13,7 @@ class EvaluateSettings(Table):
     prompts: str = ""
     """JSONL file of held-out prompts. Empty: requests bring their own."""
     every_steps: int = Field(0, ge=0)
-    """Evaluate a published version whenever its step has passed a multiple of this. 0: on request alone."""
+    """Evaluate a published version whenever its step passed a multiple of this. 0: on request alone."""
     samples_per_prompt: int = Field(1, ge=1)
     """Samples for each prompt."""
     temperature: float = Field(0.0, ge=0, le=100)
