@@ -11,7 +11,7 @@ router's stop. All of them call `abort`, which interrupts a bucket under way and
 
 A member that fails is QUARANTINED alone and the others go on, where each has its own bytes (shm, disk).
 Where a collective carries them (gloo), one failure breaks the group for all: members whose process is gone
-are QUARANTINED, the others leave the group, STALE, and the trainer starts again with the next attempt.
+are QUARANTINED, the others leave the group, and the trainer starts again with the next attempt.
 
 Order at the commit: sessions closed, weights read back (a synchronising call), checksums equal between engines
 of one layout, version strings set, version published in the ledger, engines resumed, fleet told. The ledger

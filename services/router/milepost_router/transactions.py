@@ -114,8 +114,8 @@ class Transactions:
         highest = self._terms.get(run_id, 0)
         if term < highest:
             raise StaleTerm(
-                f"term = {term} of run {run_id!r} is over: term {highest} was seen; this trainer was replaced "
-                "and must stop",
+                f"term = {term} of run {run_id!r} is over: term {highest} was seen; this trainer was replaced, "
+                "so it must stop",
                 metadata={"term": str(highest)},
             )
         if term > highest:
@@ -386,8 +386,8 @@ def _require_takes(record: EngineRecord, request: t.PrepareRequest) -> None:
         raise InvalidArgument(
             f"transport = {request.transport.name}: engine {record.engine_id} takes {able}; choose of these"
         )
-    if record.run_id not in ("", request.run_id):
+    if record.home_run not in ("", request.run_id):
         raise FailedPrecondition(
-            f"engine_ids: {record.engine_id} works for run {record.run_id!r}; remove it there and register "
-            f"it again for {request.run_id!r}"
+            f"engine_ids: {record.engine_id} is configured for run {record.home_run!r}, not for "
+            f"{request.run_id!r}; change its run_id, or leave that empty so that any run may claim it"
         )
