@@ -13,7 +13,7 @@ import ctypes
 import os
 import signal
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -53,11 +53,13 @@ class Child:
           OSError: the program cannot be started.
         """
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # A pipe of our own: asyncio's would make `wait` wait for grandchildren that hold its other end.
+        read_end, write_end = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=DEVNULL,
-                stdout=PIPE,
+                stdout=write_end,
                 stderr=descriptor,
                 env={
                     **os.environ,
@@ -70,9 +72,11 @@ class Child:
             )
         except BaseException:
             os.close(descriptor)
+            os.close(read_end)
             raise
-        assert process.stdout is not None
-        lines = asyncio.create_task(_pump(process.stdout, descriptor, on_line), name=f"log {process.pid}")
+        finally:
+            os.close(write_end)
+        lines = asyncio.create_task(_pump(read_end, descriptor, on_line), name=f"log {process.pid}")
         return cls(process, lines)
 
     @property
@@ -113,6 +117,7 @@ class Child:
         await _end_leftovers(self.pid)
         await asyncio.wait([self._lines], timeout=_LEFTOVER_DEADLINE_S)
         self._lines.cancel()
+        await asyncio.gather(self._lines, return_exceptions=True)
         return code
 
 
@@ -129,7 +134,13 @@ def _die_with(parent: int) -> Callable[[], None] | None:
     return ask
 
 
-async def _pump(stream: asyncio.StreamReader, descriptor: int, on_line: Callable[[str], None]) -> None:
+async def _pump(read_end: int, descriptor: int, on_line: Callable[[str], None]) -> None:
+    """Copies standard output to the log, and tells its lines."""
+    stream = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(stream)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: protocol, os.fdopen(read_end, "rb")
+    )
     rest = b""
     try:
         while data := await stream.read(_LONGEST_LINE):
@@ -139,6 +150,7 @@ async def _pump(stream: asyncio.StreamReader, descriptor: int, on_line: Callable
             for line in lines:
                 on_line(line.decode(errors="replace"))
     finally:
+        transport.close()
         os.close(descriptor)
 
 
