@@ -13,7 +13,7 @@ class EvaluateSettings(Table):
     prompts: str = ""
     """JSONL file of held-out prompts. Empty: requests bring their own."""
     every_steps: int = Field(0, ge=0)
-    """Evaluate a published version whenever its step passed a multiple of this. 0: on request alone."""
+    """Evaluate a version whenever its step passed a multiple of this. 0: on request alone."""
     samples_per_prompt: int = Field(1, ge=1)
     """Samples for each prompt."""
     temperature: float = Field(0.0, ge=0, le=100)
@@ -44,7 +44,7 @@ class RolloutSettings(ServiceSettings, table="rollout"):
     run_id: str = ""
     """The run whose prompts are rolled out. Empty: standalone."""
     gateway_id: str = ""
-    """Stable name of this gateway; a new start under it takes over from the last. Unset: host name and port."""
+    """Stable name of this gateway; a new start takes over from the last. Unset: host name and port."""
     tokenizer: str = ""
     """Folder with the model's tokenizer.json. Empty: prompts must be token ids."""
     max_concurrent_samples: int = Field(256, ge=1)

@@ -6,6 +6,7 @@ import asyncio
 import random
 
 import pytest
+
 from milepost_rollout.capacity import Priority, SampleSlots
 
 EVALUATION, TRAINING = Priority.EVALUATION, Priority.TRAINING

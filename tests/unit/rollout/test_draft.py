@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from milepost.types import Outcome, VersionSpan
 from milepost_rollout.draft import Draft
 from milepost_rollout.replies import Generation

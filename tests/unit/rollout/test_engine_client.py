@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 import pytest
 from aiohttp import web
+
 from milepost_rollout.engine_client import (
     EngineAway,
     EngineClient,

@@ -1,5 +1,7 @@
 """The gateway's loops against a ledger and a roller that do as they are told."""
 
+# ruff: noqa: ASYNC110  # polled with a deadline: what is waited for has no event of its own
+
 from __future__ import annotations
 
 import asyncio
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from milepost.convert import open_group
 from milepost.errors import InvalidArgument, NotFound, Unavailable
 from milepost.types import (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from milepost.errors import InvalidArgument
 from milepost.jsonl import parse_line, read_file, read_lines
 from milepost.types import ChatMessage, SamplingParams

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from milepost.types import VersionSpan
 from milepost_rollout.replies import RouterRecord, RubbishReply, parse_reply
 

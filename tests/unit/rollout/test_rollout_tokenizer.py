@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from milepost.errors import InvalidArgument
 from milepost.types import ChatMessage
 from milepost_rollout.tokenizer import Tokenizer

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from milepost.errors import InvalidArgument
 from milepost.types import Outcome, SamplingParams, VersionSpan
 from milepost_rollout.backoff import BackoffPolicy

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
+
 from milepost.errors import InvalidArgument, Unavailable
 from milepost.types import (
     DropReason,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from milepost.types import DropReason, ErrorPolicy, Outcome, RunConfig, Sample
 from milepost_rollout.verdict import Release, Seal, judge
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from milepost_rollout.rewards.contract import RewardSample
 
@@ -45,19 +45,21 @@ def math() -> Callable[[RewardSample], float]:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its alarms are off
     targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
-    def read(text: str) -> Any:
-        return parse(text, extraction_config=targets, parsing_timeout=0)
+    def read(text: str, fallback: Literal["no_fallback", "first_match"]) -> Any:
+        return parse(text, extraction_config=targets, fallback_mode=fallback, parsing_timeout=0)
 
     def read_label(label: str) -> Any:
-        gold = read(label) or read(f"${label}$")
+        # A bare label is LaTeX without its dollars: "3\\sqrt{2}" alone would be read as 3.
+        bare = "$" not in label and "\\boxed" not in label
+        gold = (bare and read(f"${label}$", "no_fallback")) or read(label, "no_fallback")
         if not gold:
-            raise ValueError(
-                f"label {label!r} is neither a number nor LaTeX; write it as math-verify reads it"
-            )
+            raise ValueError(f"label {label!r} is no LaTeX and no number; write it as math-verify reads it")
         return gold
 
     def same(sample: RewardSample) -> float:
+        if sample.response.strip() == sample.label.strip():
+            return 1.0
         gold = read_label(sample.label)
-        return float(verify(gold, read(sample.response), timeout_seconds=0))
+        return float(verify(gold, read(sample.response, "first_match"), timeout_seconds=0))
 
     return same

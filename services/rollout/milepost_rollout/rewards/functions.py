@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import sys
@@ -47,9 +48,10 @@ def _user_function(name: str) -> RewardFunction:
             found = getattr(found, part)
         except AttributeError:
             names = [n for n in dir(found) if not n.startswith("_") and callable(getattr(found, n, None))]
-            offered = ", ".join(names[:8]) or "nothing that can be called"
+            near = difflib.get_close_matches(part, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names[:8]) or 'none'}"
             raise CannotLoad(
-                f"reward {name!r}: module {module_name!r} has no function {path!r}; it has {offered}"
+                f"reward {name!r}: module {module_name!r} has no function {path!r}; {hint}"
             ) from None
     if not callable(found):
         raise CannotLoad(
