@@ -33,7 +33,6 @@ COMMANDS: Mapping[str, str] = {
     "engines": "list, drain or remove engines",
     "config": "effective settings, and where each comes from",
 }
-_HANDED_OVER = ("up", "config")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +59,7 @@ def _dispatch(args: list[str]) -> int:
     name = args[0] if args else ""
     if name in SERVICES and not (name == "rollout" and not _is_service_call(args[1:])):
         return hand_over(name, args[1:])
-    if name in _HANDED_OVER and not _wants_help(args[1:]):
+    if name == "config" or (name == "up" and not _wants_help(args[1:])):
         return _common(name)(args[1:])
     parser = _parser(name)
     options = parser.parse_args(args)

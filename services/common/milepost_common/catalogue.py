@@ -164,7 +164,7 @@ def _look_up(values: Mapping[str, Any], path: Sequence[str]) -> Any:
 def _type_name(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
-        return " \\| ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in args)
+        return " | ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in args)
     if origin is typing.Annotated:
         return _type_name(args[0])
     if origin in (tuple, list):
@@ -173,7 +173,7 @@ def _type_name(annotation: Any) -> str:
     if origin is dict or origin is Mapping:
         return f"table of {_type_name(args[1])}"
     if args:
-        return " \\| ".join(_type_name(a) for a in args if a is not type(None))
+        return " | ".join(_type_name(a) for a in args if a is not type(None))
     names = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "Path": "path"}
     name = getattr(annotation, "__name__", str(annotation))
     return "table" if _table_of(annotation) else names.get(name, name)
