@@ -370,9 +370,9 @@ function C.put()
       duplicates = duplicates + 1
     end
     accepted = i
-    if ARGV[a + 4] ~= '' then cursor = ARGV[a + 4] end
+    if source ~= '' and ARGV[a + 4] ~= '' then cursor = ARGV[a + 4] end
   end
-  if source ~= '' and cursor ~= stored then call('HSET', P .. 'src:' .. source, 'cursor', cursor) end
+  if cursor ~= stored then call('HSET', P .. 'src:' .. source, 'cursor', cursor) end
   return {'', accepted, duplicates, free, cursor, blocked}
 end
 

@@ -17,7 +17,7 @@ RUNS_KEY = "mp:runs"
 RETRY_AFTER_S = 1.0
 
 Arg = str | bytes | int
-Clock = Callable[[], int]
+Clock = Callable[[], int | None]
 
 
 def prefix_of(run_id: str) -> str:
@@ -30,7 +30,7 @@ class Store:
 
     Args:
       link: the Redis.
-      clock: returns the time in ms, for tests; None: Redis's own clock, one for all replicas.
+      clock: returns the time in ms, for tests. Unset, or answering None: Redis's own, one for all replicas.
     """
 
     def __init__(self, link: RedisLink, *, clock: Clock | None = None) -> None:
@@ -45,7 +45,8 @@ class Store:
         Raises:
           MilepostError: what the script refused, or Unavailable while Redis is away.
         """
-        now = "" if self._clock is None else str(self._clock())
+        injected = self._clock() if self._clock is not None else None
+        now = "" if injected is None else str(injected)
         reply = await self._eval(prefix_of(run_id) + "run", command, now, *args)
         if reply[0] == b"!":
             raise refusal(run_id, reply)

@@ -83,6 +83,10 @@ class Bell:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(rung.wait(), pause)
 
+    def is_listening(self, run_id: str) -> bool:
+        """True while the subscription stands and a call of this process waits for a change of the run."""
+        return self._subscribed and run_id in self._listeners
+
     @contextlib.contextmanager
     def _listen(self, run_id: str, letters: str) -> Generator[asyncio.Event]:
         entry = (frozenset(letters), asyncio.Event())

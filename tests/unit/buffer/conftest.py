@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -26,6 +27,8 @@ from milepost import types as t
 from milepost_buffer.embedded import server_binary
 from milepost_buffer.ledger import Ledger, open_ledger
 from milepost_buffer.prompts import Lease, StoredPrompt
+
+sys.path.insert(0, str(Path(__file__).parent))  # for ledger_model
 
 START_S = 10.0
 _numbers = itertools.count(1)
@@ -66,7 +69,9 @@ def newer_binary() -> str | None:
     """A redis-server of version 7 or newer on this machine."""
     for candidate in ("/usr/bin/redis-server", "/usr/local/bin/redis-server", shutil.which("redis-server")):
         if candidate and Path(candidate).exists():
-            said = subprocess.run([candidate, "--version"], capture_output=True, text=True, check=False).stdout
+            said = subprocess.run(
+                [candidate, "--version"], capture_output=True, text=True, check=False
+            ).stdout
             found = re.search(r"v=(\d+)\.", said)
             if found and int(found[1]) >= 7:
                 return candidate
@@ -75,7 +80,9 @@ def newer_binary() -> str | None:
 
 def _kinds() -> list[str]:
     """The Redises that are here."""
-    return ["embedded", "newer"] if os.environ.get("MILEPOST_TEST_REDIS_URL") or newer_binary() else ["embedded"]
+    return (
+        ["embedded", "newer"] if os.environ.get("MILEPOST_TEST_REDIS_URL") or newer_binary() else ["embedded"]
+    )
 
 
 @pytest.fixture(scope="session", params=_kinds())
@@ -93,14 +100,15 @@ def redis_url(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @dataclass
 class FakeClock:
-    """Time in ms, moved by hand."""
+    """Time in ms, moved by hand; None lets Redis tell it."""
 
-    now_ms: int = 1_000_000
+    now_ms: int | None = 1_000_000
 
-    def __call__(self) -> int:
+    def __call__(self) -> int | None:
         return self.now_ms
 
     def advance(self, seconds: float) -> None:
+        assert self.now_ms is not None
         self.now_ms += round(seconds * 1000)
 
 
@@ -165,9 +173,7 @@ class Bench:
 
     async def publish(self, label: int, *, attempt: int = 1) -> int:
         """Reserves and publishes a version of a step."""
-        version = await self.ledger.versions.reserve(
-            self.run_id, term=self.term, step=label, attempt=attempt
-        )
+        version = await self.ledger.versions.reserve(self.run_id, term=self.term, step=label, attempt=attempt)
         await self.ledger.versions.publish(self.run_id, term=self.term, version=version, label=label)
         self.versions[label] = version
         return version
@@ -234,7 +240,7 @@ class Bench:
     async def row(self, prompt_id: str) -> t.LedgerRow:
         """One row."""
         pages = self.ledger.accounts.rows(self.run_id, prompt_ids=[prompt_id])
-        return [r async for page in pages for r in page][0]
+        return [r async for page in pages for r in page].pop()
 
     async def train_step(self, step: int) -> list[str]:
         """Puts, rolls out, leases, commits and publishes one whole step."""

@@ -35,8 +35,8 @@ async def test_a_known_prompt_costs_no_credit_and_other_content_is_refused(bench
     assert (again.accepted, again.duplicates) == (2, 2)
     with pytest.raises(errors.AlreadyExists, match="a0"):
         await put(bench, [make_prompt("a0", content="something else")])
-    # Behind other items the conflict only ends the prefix, so that what stands before it is not refused with it.
-    mixed = await put(bench, [make_prompt("a1"), make_prompt("a0", content="something else")])
+    # Behind other items it only ends the prefix: what stands before it is not refused with it.
+    mixed = await put(bench, [make_prompt("a1"), make_prompt("a0", content="other")])
     assert mixed.accepted == 1
 
 
@@ -100,9 +100,7 @@ async def test_prompts_are_refused_when_payloads_hold_four_fifths_of_their_limit
 
 async def test_leases_carry_version_label_and_a_growing_attempt(bench) -> None:
     await bench.put(1)
-    found = await bench.ledger.prompts.lease(
-        bench.run_id, gateway_id="g", instance_id="g1", max_prompts=4
-    )
+    found = await bench.ledger.prompts.lease(bench.run_id, gateway_id="g", instance_id="g1", max_prompts=4)
     assert [(x.prompt_id, x.attempt, x.content) for x in found.leases] == [("p000", 1, b"p000")]
     assert (found.min_version, found.label, found.num_samples, found.ttl_s) == (1, 0, 2, 10.0)
     assert found.reason == "no prompts"
@@ -206,7 +204,9 @@ async def test_outcomes_of_seals(bench, make_group) -> None:
     assert await status(make_group("nobody", 1)) == [t.SealStatus.UNKNOWN_PROMPT]
     assert await status(make_group(other.prompt_id, 1, versions=(7,))) == [t.SealStatus.UNKNOWN_VERSION]
     reserved = await bench.ledger.versions.reserve(bench.run_id, term=bench.term, step=1, attempt=1)
-    assert await status(make_group(other.prompt_id, 1, versions=(reserved,))) == [t.SealStatus.UNKNOWN_VERSION]
+    assert await status(make_group(other.prompt_id, 1, versions=(reserved,))) == [
+        t.SealStatus.UNKNOWN_VERSION
+    ]
     short = (await seal(bench.run_id, groups=[make_group(other.prompt_id, 1, samples=1)]))[0]
     assert short.status == t.SealStatus.INVALID
     assert "2 samples" in short.message

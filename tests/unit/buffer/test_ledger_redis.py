@@ -1,0 +1,160 @@
+"""The ledger and its Redis: what is refused at the start, how calls wait, who wakes them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from redis.asyncio import Redis
+
+from milepost import errors
+from milepost import types as t
+from milepost_buffer.connection import SCHEMA_KEY, check_durability
+from milepost_buffer.ledger import open_ledger
+from milepost_buffer.wake import Answer, Bell
+
+SOON_S = 10.0
+
+
+@pytest.mark.parametrize(
+    "persistence, memory, named",
+    [
+        ({"aof_enabled": 0}, {"maxmemory_policy": "noeviction"}, "appendonly"),
+        ({"aof_enabled": 1}, {"maxmemory_policy": "allkeys-lru"}, "maxmemory-policy = allkeys-lru"),
+    ],
+)
+def test_a_redis_that_would_lose_the_ledger_is_refused(persistence, memory, named) -> None:
+    with pytest.raises(errors.FailedPrecondition, match=named):
+        check_durability(persistence, memory, url="redis://x", require_aof=True)
+
+
+def test_no_aof_may_be_accepted_by_a_named_setting() -> None:
+    memory = {"maxmemory_policy": "noeviction"}
+    check_durability({"aof_enabled": 0}, memory, url="redis://x", require_aof=False)
+    with pytest.raises(errors.FailedPrecondition, match="require_aof"):
+        check_durability({"aof_enabled": 0}, memory, url="redis://x", require_aof=True)
+
+
+async def test_the_real_redis_is_judged_by_what_it_says(redis_url) -> None:
+    client = Redis.from_url(redis_url)
+    try:
+        await client.config_set("maxmemory-policy", "allkeys-lru")
+        with pytest.raises(errors.FailedPrecondition, match="allkeys-lru"):
+            async with open_ledger(redis_url):
+                pass
+    finally:
+        await client.config_set("maxmemory-policy", "noeviction")
+        await client.aclose()
+
+
+async def test_another_schema_is_refused(redis_url) -> None:
+    client = Redis.from_url(redis_url)
+    try:
+        await client.set(SCHEMA_KEY, "99")
+        with pytest.raises(errors.FailedPrecondition, match="99"):
+            async with open_ledger(redis_url):
+                pass
+    finally:
+        await client.delete(SCHEMA_KEY)
+        await client.aclose()
+
+
+async def test_a_run_of_another_schema_is_refused(bench) -> None:
+    await bench.ledger.link.client.hset(f"mp:{{{bench.run_id}}}:run", "schema", "99")
+    with pytest.raises(errors.FailedPrecondition, match="schema 99"):
+        await bench.put(1)
+
+
+async def test_redis_down_at_the_start_names_url_and_remedy(tmp_path) -> None:
+    with pytest.raises(errors.Unavailable) as caught:
+        async with open_ledger(f"unix://{tmp_path}/nobody.sock", redis_wait_s=0.1):
+            pass
+    assert "nobody.sock" in caught.value.message
+    assert "redis_url" in caught.value.message
+
+
+async def test_the_script_is_loaded_again_when_redis_lost_it(bench) -> None:
+    await bench.ledger.link.client.script_flush()
+    await bench.put(1)
+    assert (await bench.stats()).waiting == 1
+
+
+async def test_time_comes_from_redis_unless_injected(redis_url) -> None:
+    async with open_ledger(redis_url) as ledger:
+        run_id = f"clock-{time.time_ns()}"
+        run, _ = await ledger.runs.create(run_id, config=t.RunConfig())
+        assert run.created_at is not None
+        assert abs(run.created_at.timestamp() - time.time()) < 60
+        term = (await ledger.steps.open_term(run_id, consumer_id="trainer")).term
+        assert abs(term / 1000 - time.time()) < 60
+
+
+# ------------------------------------------------------------------------------------------ waiting
+
+
+async def test_a_waiting_step_is_woken_by_another_replica(bench, redis_url) -> None:
+    await bench.put(2)
+    leases = await bench.lease(2)
+    waiting = asyncio.create_task(bench.lease_step(1, max_wait_s=60))
+    await _until_listening(bench.ledger.bell, bench.run_id)
+    async with open_ledger(redis_url, clock=bench.clock) as replica:
+        original, bench.ledger = bench.ledger, replica
+        await bench.seal(leases)
+        bench.ledger = original
+    assert len((await asyncio.wait_for(waiting, SOON_S)).groups) == 2
+
+
+async def test_waiting_gateways_and_clients_are_woken(bench, make_prompt) -> None:
+    lease = bench.ledger.prompts.lease(
+        bench.run_id, gateway_id="g", instance_id="i", max_prompts=1, max_wait_s=60
+    )
+    gateway = asyncio.create_task(lease)
+    await _until_listening(bench.ledger.bell, bench.run_id)
+    await bench.put(1)
+    assert len((await asyncio.wait_for(gateway, SOON_S)).leases) == 1
+    await bench.put(6)
+    put = bench.ledger.prompts.put(bench.run_id, prompts=[make_prompt("more")], max_wait_s=60)
+    client = asyncio.create_task(put)
+    await _until_listening(bench.ledger.bell, bench.run_id)
+    await bench.lease(1)
+    assert (await asyncio.wait_for(client, SOON_S)).accepted == 1
+
+
+async def test_a_waiting_gateway_is_woken_by_the_next_expiry(make_bench) -> None:
+    async with make_bench(lease_ttl_s=0.3) as bench:
+        bench.clock.now_ms = None  # Redis's own
+        await bench.put(1)
+        (first,) = await bench.lease(1)
+        lease = bench.ledger.prompts.lease(
+            bench.run_id, gateway_id="g2", instance_id="i2", max_prompts=1, max_wait_s=60
+        )
+        found = await asyncio.wait_for(lease, SOON_S)
+        assert [(x.prompt_id, x.attempt) for x in found.leases] == [(first.prompt_id, 2)]
+
+
+async def test_closing_answers_those_who_wait(bench) -> None:
+    waiting = asyncio.create_task(bench.lease_step(1, max_wait_s=60))
+    await _until_listening(bench.ledger.bell, bench.run_id)
+    await bench.ledger.bell.close()
+    assert (await asyncio.wait_for(waiting, SOON_S)).pending
+
+
+async def test_nothing_is_asked_again_while_nothing_changes(bench) -> None:
+    asked = 0
+
+    async def ask() -> Answer[int]:
+        nonlocal asked
+        asked += 1
+        return Answer(asked, False)
+
+    waiting = asyncio.create_task(bench.ledger.bell.wait_for(bench.run_id, "v", ask, max_wait_s=0.2))
+    await _until_listening(bench.ledger.bell, bench.run_id)
+    await bench.put(1)  # rings p, not v
+    assert await asyncio.wait_for(waiting, SOON_S) <= 3  # first, subscription made, time is up
+
+
+async def _until_listening(bell: Bell, run_id: str) -> None:
+    async with asyncio.timeout(SOON_S):
+        while not bell.is_listening(run_id):  # noqa: ASYNC110  # the Bell has no event for tests
+            await asyncio.sleep(0.002)
