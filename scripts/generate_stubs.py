@@ -38,7 +38,9 @@ def generate(out: Path) -> list[Path]:
 def main() -> int:
     """Writes or checks; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when stubs are out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, exit 1 when stubs are out of date"
+    )
     check = parser.parse_args().check
     with tempfile.TemporaryDirectory() as tmp:
         files = generate(Path(tmp))
