@@ -68,14 +68,12 @@ class CheckpointMeta:
         name: step and term.
         run_id: the run it belongs to.
         manifest: groups of each step since the oldest checkpoint then kept.
-        num_updates: optimizer updates made.
         world_size: ranks that wrote it.
     """
 
     name: CheckpointName
     run_id: str
     manifest: tuple[StepManifest, ...] = ()
-    num_updates: int = 0
     world_size: int = 1
 
 
@@ -166,25 +164,26 @@ class CheckpointStore:
                 complaints.append(str(error))
         return None, complaints
 
-    def prune(self, *, term: int) -> list[CheckpointName]:
-        """Delete what is older than the newest ``keep`` steps, and abandoned partial folders.
+    def kept(self) -> list[CheckpointName]:
+        """What ``prune`` leaves, newest first: all folders of the newest ``keep`` steps."""
+        names = self.names()
+        steps = sorted({name.step for name in names}, reverse=True)[: self.keep]
+        return [name for name in names if name.step in steps]
+
+    def prune(self, *, term: int) -> None:
+        """Delete what is older than ``kept``, and abandoned partial folders.
 
         Args:
             term: mine; folders of newer terms are not touched.
-
-        Returns:
-            What is kept, newest first.
         """
-        names = self.names()
-        steps = sorted({name.step for name in names}, reverse=True)[: self.keep]
-        doomed = [name for name in names if name.step not in steps and name.term <= term]
-        for name in doomed:
-            _remove(self.path(name))
+        kept = self.kept()
+        for name in self.names():
+            if name not in kept and name.term <= term:
+                _remove(self.path(name))
         for item in self.directory.glob(f"{_PARTIAL}*"):
             partial = CheckpointName.parse(item.name.removeprefix(_PARTIAL))
             if partial is not None and partial.term <= term:
                 _remove(item)
-        return [name for name in names if name not in doomed]
 
     def _partial(self, name: CheckpointName) -> Path:
         return self.directory / f"{_PARTIAL}{name.folder}"
@@ -229,7 +228,6 @@ def _to_json(meta: CheckpointMeta) -> dict[str, Any]:
         "run_id": meta.run_id,
         "step": meta.name.step,
         "term": meta.name.term,
-        "num_updates": meta.num_updates,
         "world_size": meta.world_size,
         "manifest": [manifest_to_json(entry) for entry in meta.manifest],
     }
@@ -240,7 +238,6 @@ def _from_json(name: CheckpointName, raw: dict[str, Any]) -> CheckpointMeta:
         name=name,
         run_id=raw["run_id"],
         manifest=tuple(manifest_from_json(entry) for entry in raw["manifest"]),
-        num_updates=raw["num_updates"],
         world_size=raw["world_size"],
     )
 

@@ -114,15 +114,13 @@ class PublishSettings(Table):
     timeout_s: float = Field(default=120.0, gt=0, le=3600)
     """Deadline of one transaction over the fleet."""
     retry_delay_s: float = Field(default=1.0, gt=0)
-    """Wait before a failed publication is tried again."""
+    """Wait before a failed publication is tried again; doubles with each failure, up to 30 s."""
     master_address: str = "127.0.0.1"
     """Address under which engines reach rank 0 (gloo); its port is chosen by the system."""
     disk_dir: str = "weights"
     """Folder that engines see too (disk)."""
     pause_mode: Literal["retract", "in_place", "abort"] = "retract"
     """What becomes of requests that run while weights change."""
-    initial_wait_s: float = Field(default=600.0, ge=0)
-    """How long the first publication may wait for engines before the trainer gives up."""
 
 
 class MetricsSettings(Table):
@@ -147,6 +145,12 @@ class SftSettings(Table):
     """Optimizer updates."""
     batch_size: int = Field(default=64, ge=1)
     """Sequences of one update."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate. Unset: that of `[trainer.optimizer]`."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What follows the warm-up; it ends with the last update."""
+    warmup_updates: int = Field(default=0, ge=0)
+    """Updates over which the rate rises."""
     append_eos: bool = True
     """Add the tokenizer's end-of-sequence token to completions that do not end with it."""
 
@@ -234,8 +238,6 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """Where rank 0 serves TrainerService."""
     advertise: str = ""
     """The name under which others reach it; empty: as it listens."""
-    metrics_listen: str = ""
-    """Where Prometheus metrics are served, for example 127.0.0.1:9104; empty: nowhere."""
     nproc: int = Field(default=1, ge=1)
     """Ranks on this host; above 1 torchrun is started unless this already runs under it."""
     backend: Literal["fsdp"] = "fsdp"
@@ -260,6 +262,8 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """Deadline of collectives between ranks."""
     lease_wait_s: float = Field(default=5.0, gt=0, le=60)
     """How long one LeaseStep call waits; the trainer asks until the step comes."""
+    prefetch: bool = True
+    """Lease and fetch the next step while this one trains."""
     shutdown_timeout_s: float = Field(default=60.0, gt=0)
     """A stop finishes the step and saves within this, then the process ends in any case."""
     export_dir: str = ""

@@ -1,4 +1,4 @@
-"""The ranks of one trainer: who I am, how I reach the others, and how a process ends.
+"""The ranks of one trainer: who I am, and how I reach the others.
 
     torchrun --RANK, WORLD_SIZE, MASTER_*--> join() --> World --> leave()
 
@@ -9,11 +9,10 @@ mixes with, the collectives of the model. With one rank there is no process grou
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -60,6 +59,14 @@ class World:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's small object, in rank order, on rank 0; an empty list elsewhere."""
+        if self.control is None:
+            return [value]
+        box: list[Any] | None = [None] * self.size if self.leads else None
+        dist.gather_object(value, box, dst=0, group=self.control)
+        return box or []
+
     def any_failed(self, failed: bool) -> bool:
         """True when any rank says so: ranks decide alike, and none waits for one that gave up."""
         return self.sum([float(failed)])[0] > 0
@@ -103,14 +110,3 @@ def leave(world: World) -> None:
     """Close the process groups; harmless where there are none."""
     if world.control is not None and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def exit_process(code: int) -> NoReturn:
-    """End this process at once after flushing its output.
-
-    Interpreter shutdown is skipped on purpose: gloo's threads sometimes abort in it, which would turn a clean
-    end into a failed one.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

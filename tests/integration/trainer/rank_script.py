@@ -17,11 +17,12 @@ import torch
 from milepost_trainer.backends.fsdp import FsdpBackend
 from milepost_trainer.batch import TrainSequence
 from milepost_trainer.buckets import read_bucket
+from milepost_trainer.launch import exit_at_once
 from milepost_trainer.learner import Learner, TrainGroup
 from milepost_trainer.objectives.build import build_objective
 from milepost_trainer.plan import GroupInfo, plan_step
 from milepost_trainer.settings import TrainerSettings
-from milepost_trainer.world import World, exit_process, join, leave
+from milepost_trainer.world import World, join, leave
 
 GROUPS, SAMPLES = 6, 4
 
@@ -115,7 +116,7 @@ def main() -> None:
     for job in json.loads(sys.argv[1]):
         run(job, world)
     leave(world)
-    exit_process(0)
+    exit_at_once(0)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ class Backend(ABC):
     """A model under training, sharded somehow."""
 
     world: World
+    vocab_size: int
+    """Token ids are below it."""
     num_updates: int
     """Optimizer updates tried so far, the skipped ones included; the schedule follows it."""
 

@@ -49,6 +49,7 @@ class FsdpBackend(Backend):
         self.num_updates = 0
         self._settings = settings
         self._policy = self._load(settings.model_dir, settings.initial_weights).train()
+        self.vocab_size = int(cast(Any, self._policy.lm).config.get_text_config().vocab_size)
         self._reference = self._load_reference() if with_reference else None
         self._named = _publishable(self._policy)
         adam = settings.optimizer

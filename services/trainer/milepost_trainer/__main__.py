@@ -1,0 +1,47 @@
+"""`python -m milepost_trainer serve|sft [--config FILE] [--key value ...]`: the trainer, or a warm start.
+
+Settings are read before torch is imported, so that a wrong one is refused at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from milepost_common.process import run
+from milepost_common.settings import load_or_exit
+from milepost_trainer.launch import exit_at_once, is_rank, launch, leave_status
+from milepost_trainer.settings import TrainerSettings
+
+USAGE = "usage: python -m milepost_trainer serve|sft [--config FILE] [--key value ...]"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit status."""
+    if not argv or argv[0] not in ("serve", "sft"):
+        print(USAGE, file=sys.stderr)
+        return 2
+    settings = load_or_exit(TrainerSettings, argv[1:])
+    if settings.nproc > 1 and not is_rank():
+        return launch(argv, nproc=settings.nproc)
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+    code = _serve(settings) if argv[0] == "serve" else _sft(settings)
+    leave_status(code)
+    return code
+
+
+def _serve(settings: TrainerSettings) -> int:
+    from milepost_trainer.service import serve
+
+    return run("trainer", lambda stop: serve(settings, stop), stop_deadline_s=settings.shutdown_timeout_s)
+
+
+def _sft(settings: TrainerSettings) -> int:
+    from milepost_trainer.sft import train
+
+    return run("sft", lambda stop: train(settings, stop), stop_deadline_s=settings.shutdown_timeout_s)
+
+
+if __name__ == "__main__":
+    exit_at_once(main(sys.argv[1:]))

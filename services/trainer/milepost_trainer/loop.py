@@ -1,0 +1,369 @@
+"""The step loop of rank 0: the trainer's order of things, as LEDGER rules it.
+
+    resume:  fence (new term) -> newest valid checkpoint c (or save checkpoint 0) -> state c to the ledger
+    step s:  lease(s) -> [micro-batches -> optimizer] * updates -> commit(s) -> publish -> checkpoint -> trim
+    end:     sources exhausted, num_steps reached or stopped -> publish -> checkpoint -> (export)
+
+    what runs                 consumes                   waits for              unblocked by
+    wait for lease            groups of step s           step s being full      gateways sealing groups
+    prefetch of s + 1         groups of step s + 1       the same               the same; never across
+    num_steps publisher.catch_up        weights at rest            engines, the router    its deadline, then
+    backs off checkpoint                weights at rest            the disk               itself
+
+Weights are at rest everywhere but inside ``finish_update``; between two updates of one step they belong to no
+label, so publication happens before the first update of a step, after the last, and while waiting. Replay is
+silent: the publisher keeps quiet below the label that was published before the crash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Awaitable, Generator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from milepost import types as t
+from milepost.errors import OutOfRange
+from milepost_trainer.crew import Crew, StepOrder
+from milepost_trainer.learner import UpdateReport
+from milepost_trainer.ledger import Ledger
+from milepost_trainer.metrics import StepTimes, step_metrics
+from milepost_trainer.plan import GroupInfo, plan_step
+from milepost_trainer.publisher import Published, Publisher
+from milepost_trainer.recorder import Recorder
+from milepost_trainer.saver import Saver, export_dir
+from milepost_trainer.settings import TrainerSettings
+from milepost_trainer.status import TrainerState
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_BREATH_S = 0.01
+_ON_GAP = {"fail": t.OnGap.FAIL, "regenerate": t.OnGap.REGENERATE, "drop": t.OnGap.DROP}
+
+
+@dataclass
+class _Clock:
+    """Wall seconds spent by part within one step."""
+
+    started: float = field(default_factory=time.monotonic)
+    spent: dict[str, float] = field(default_factory=dict[str, float])
+
+    @contextlib.contextmanager
+    def timing(self, part: str) -> Generator[None]:
+        """Add the time of a block to a part."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[part] = self.spent.get(part, 0.0) + time.monotonic() - begun
+
+    def read(self) -> StepTimes:
+        """The times so far."""
+        parts = {
+            f"{part}_s": self.spent.get(part, 0.0) for part in ("wait", "train", "publish", "checkpoint")
+        }
+        return StepTimes(**parts, step_s=time.monotonic() - self.started)
+
+
+class StepLoop:
+    """Trains step after step until there is nothing left or it is told to stop.
+
+    Args:
+        settings: the trainer's.
+        ledger: the run's account.
+        crew: the ranks.
+        publisher: gives weights to engines.
+        saver: checkpoints.
+        recorder: metrics and step log.
+        state: what others see and ask for.
+        stop: set when the trainer shall end.
+    """
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        *,
+        ledger: Ledger,
+        crew: Crew,
+        publisher: Publisher,
+        saver: Saver,
+        recorder: Recorder,
+        state: TrainerState,
+        stop: asyncio.Event,
+    ) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._crew = crew
+        self._publisher = publisher
+        self._saver = saver
+        self._recorder = recorder
+        self._state = state
+        self._stop = stop
+        self._world_size = state.world_size
+        self._committed_before = 0  # by an earlier term: steps up to here are replayed
+        self._leases: dict[int, asyncio.Task[t.StepLease]] = {}
+        self._run: t.RunConfig = t.RunConfig()
+        self._clock = _Clock()
+
+    # ------------------------------------------------------------------ resume
+
+    async def resume(self) -> None:
+        """Become the run's only trainer, with the weights of its newest checkpoint.
+
+        Raises:
+            DataLoss: payloads after the checkpoint are gone and `on_gap` is fail.
+        """
+        self._run = (await self._ledger.create_run()).config
+        fenced = await self._ledger.open_term()
+        self._state.term = fenced.term
+        meta = await self._saver.newest()
+        if meta is None:
+            self._state.checkpoint = await self._saver.save(0)
+        else:
+            self._state.checkpoint = await self._saver.load(meta)
+        step = self._state.checkpoint.step
+        point = await self._ledger.state_checkpoint(
+            step, manifest=meta.manifest if meta else (), on_gap=_ON_GAP[self._settings.on_gap]
+        )
+        if point.poison_step:
+            log.error(
+                "step %d was resumed three times without a commit: look at its groups", point.poison_step
+            )
+        self._committed_before = fenced.committed_step
+        self._state.step = step
+        published = Published(fenced.published_version, fenced.published_label)
+        self._publisher.start(term=fenced.term, label=step, published=published)
+        log.info("term %d from checkpoint %d; committed %d", fenced.term, step, fenced.committed_step)
+
+    # ------------------------------------------------------------------ running
+
+    async def run(self) -> None:
+        """Train until the end of the run or a stop, then leave everything as a successor wants it."""
+        finished = False
+        try:
+            while not (finished := self._reached_the_end()) and await self._may_start():
+                step = self._state.step + 1
+                self._clock = _Clock()
+                lease = await self._await_lease(step)
+                if lease is None:
+                    break
+                await self._train(step, lease)
+        except OutOfRange:
+            finished = True
+        finally:
+            for task in self._leases.values():
+                task.cancel()
+            await asyncio.gather(*self._leases.values(), return_exceptions=True)
+        await self._end(finished=finished)
+
+    def _reached_the_end(self) -> bool:
+        return 0 < self._settings.num_steps <= self._state.step
+
+    async def _may_start(self) -> bool:
+        """Wait while paused; False when told to stop."""
+        while self._state.paused and not self._stop.is_set():
+            self._state.enter("paused")
+            await self._tend()
+        return not self._stop.is_set()
+
+    async def _await_lease(self, step: int) -> t.StepLease | None:
+        """The groups of a step; None when told to stop before they came."""
+        task = self._begin_lease(step)
+        with self._clock.timing("wait"):
+            while not task.done():
+                self._state.enter("waiting", f"the groups of step {step}")
+                if await self._tend(task):
+                    return None
+        del self._leases[step]
+        return task.result()
+
+    def _begin_lease(self, step: int) -> asyncio.Task[t.StepLease]:
+        if step not in self._leases:
+            self._leases[step] = asyncio.create_task(self._lease_and_fetch(step), name=f"lease {step}")
+        return self._leases[step]
+
+    async def _lease_and_fetch(self, step: int) -> t.StepLease:
+        """Lease a step, plan it and have every rank begin to fetch its part."""
+        lease = await self._ledger.lease(step, max_wait_s=self._settings.lease_wait_s)
+        self._run = (await self._ledger.read_run()).config
+        plan = plan_step(
+            step,
+            [GroupInfo(group.prompt_id, group.num_tokens) for group in lease.groups],
+            num_ranks=self._world_size,
+            updates=self._settings.updates_per_step,
+            max_tokens=self._settings.max_tokens_per_micro_batch,
+        )
+        sampling = self._run.sampling
+        temperature = sampling.temperature if sampling and sampling.temperature is not None else 1.0
+        order = StepOrder(plan, default_temperature=temperature, transcripts=self._transcripts(step))
+        await self._crew.call("fetch", order)
+        return lease
+
+    def _transcripts(self, step: int) -> str:
+        every = self._settings.metrics.transcripts_every
+        return str(self._recorder.directory / "transcripts") if every and step % every == 0 else ""
+
+    async def _tend(self, task: asyncio.Task[Any] | None = None, *, timeout_s: float = math.inf) -> bool:
+        """Wait for a task or for something to happen, and publish and save as wanted.
+
+        Args:
+            task: what is waited for; None waits for events only.
+            timeout_s: come back after this long in any case.
+
+        Returns:
+            True when told to stop.
+        """
+        state, publisher = self._state, self._publisher
+        events = [asyncio.create_task(e.wait()) for e in (self._stop, publisher.changed, state.woken)]
+        try:
+            await asyncio.wait(
+                [*events, task] if task else events,
+                timeout=min(timeout_s, publisher.retry_in_s + _BREATH_S),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            for event in events:
+                event.cancel()
+        state.woken.clear()
+        if self._stop.is_set():
+            return True
+        if task is None or not task.done():
+            await self._publish()
+        if state.save_wanted:
+            await self._save()
+        return False
+
+    # ------------------------------------------------------------------ one step
+
+    async def _train(self, step: int, lease: t.StepLease) -> None:
+        """Train, commit, publish and save one step."""
+        if self._settings.prefetch and step != self._settings.num_steps:
+            self._begin_lease(step + 1)
+        self._state.enter("training")
+        with self._clock.timing("wait"):
+            refused: dict[str, str] = await self._crew.call("start_step", step)
+        with self._clock.timing("train"):
+            updates = await self._make_updates(step, lease)
+        await self._commit(step, lease, refused)
+        every = self._run.publish_every or 1
+        self._publisher.moved_to(step, due=step % every == 0)
+        with self._clock.timing("publish"):
+            await self._publish()
+        with self._clock.timing("checkpoint"):
+            if step % self._settings.checkpoint.every == 0 or self._save_is_wanted():
+                await self._save()
+        self._report(step, lease.groups, updates, dropped=len(refused))
+
+    async def _make_updates(self, step: int, lease: t.StepLease) -> list[UpdateReport]:
+        count = min(self._settings.updates_per_step, len(lease.groups))
+        reports: list[UpdateReport] = []
+        for update in range(count):
+            num_micro_batches: int = await self._crew.call("start_update", update)
+            for index in range(num_micro_batches):
+                if update == 0 and index > 0:
+                    await self._publish()
+                await self._crew.call("train_micro_batch", index)
+            report: UpdateReport = await self._crew.call("finish_update")
+            if report.skipped:
+                log.warning("step %d: gradient norm %s: update skipped", step, report.grad_norm)
+            reports.append(report)
+        return reports
+
+    async def _commit(self, step: int, lease: t.StepLease, refused: dict[str, str]) -> None:
+        for prompt_id, why in refused.items():
+            log.warning("step %d leaves group %s out: %s", step, prompt_id, why)
+        entry = t.StepManifest(
+            step=step,
+            prompt_ids=tuple(group.prompt_id for group in lease.groups),
+            dropped=tuple(t.DroppedGroup(prompt_id=p, reason=t.DropReason.INVALID) for p in sorted(refused)),
+        )
+        await self._ledger.commit(entry)
+        self._recorder.write_commit(entry, term=self._state.term)
+        self._state.step = step
+
+    def _report(
+        self, step: int, groups: Sequence[t.StepGroup], updates: Sequence[UpdateReport], *, dropped: int
+    ) -> None:
+        metrics = step_metrics(
+            groups=groups,
+            updates=updates,
+            times=self._clock.read(),
+            weight_version=self._publisher.published.version,
+            term=self._state.term,
+            dropped=dropped,
+            replayed=step <= self._committed_before,
+            wall_time=time.time(),
+        )
+        self._recorder.write_metrics(step, metrics)
+        self._state.add_step(step, {name: value for name, value in metrics.items() if value is not None})
+
+    # ------------------------------------------------------------------ publishing and saving
+
+    async def _publish(self) -> None:
+        """Give engines what they lack, unless told to stop meanwhile."""
+        if not self._publisher.wanted:
+            return
+        async with self._phase("publishing"):
+            await self._unless_stopped(self._publisher.catch_up())
+        self._state.published_step = self._publisher.published.label or 0
+        self._state.weight_version = self._publisher.published.version
+
+    def _save_is_wanted(self) -> bool:
+        return self._state.save_wanted or self._ledger.checkpoint_wanted
+
+    async def _save(self) -> None:
+        """Save a checkpoint of the committed step, if there is none yet."""
+        state = self._state
+        if state.checkpoint.step != state.step:
+            async with self._phase("saving"):
+                try:
+                    state.checkpoint = await self._saver.save(state.step)
+                except OSError as error:
+                    log.error("checkpoint of step %d not saved: %s", state.step, error)
+        state.save_wanted = False
+        state.announce()
+
+    async def _end(self, *, finished: bool) -> None:
+        """Publish what is due, save, and export if the run is finished."""
+        deadline = time.monotonic() + self._settings.publish.timeout_s
+        if finished:
+            self._publisher.moved_to(self._state.step, due=True)
+        while finished and self._publisher.lacking and (left := deadline - time.monotonic()) > 0:
+            self._state.enter("publishing", "engines for the last weights")
+            if await self._tend(timeout_s=left):
+                break
+        await self._save()
+        if finished:
+            path = export_dir(self._settings.export_dir, self._settings.checkpoint.dir)
+            await self._crew.call("export", str(path))
+            log.info("run finished after step %d; model in %s", self._state.step, path)
+        self._state.enter("finished")
+
+    async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
+        """Await something, or cancel it when told to stop."""
+        task = asyncio.ensure_future(work)
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return None
+        finally:
+            stopped.cancel()
+
+    @asynccontextmanager
+    async def _phase(self, name: str) -> AsyncGenerator[None]:
+        before, waiting = self._state.phase, self._state.waiting_for
+        self._state.enter(name)
+        try:
+            yield
+        finally:
+            self._state.enter(before, waiting)

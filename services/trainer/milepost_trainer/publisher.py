@@ -1,0 +1,327 @@
+"""The publisher: the trainer's side of the weight transaction, level-triggered.
+
+    engines of the run  --WatchFleet-->  wanted?  --catch_up()-->  prepare, buckets, commit  -->  engines
+    serve
+
+Wanted is a state, not an event: the label that is due is not published yet, or an engine of the run does not
+serve the newest label. Whoever holds the weights still (the step loop, between micro-batches, while it waits)
+calls ``catch_up``; it makes at most one transaction and never raises for a fleet that fails, only backs off.
+
+    due > published          new version with the label of the current weights
+    engines lag behind       the published version again, for them, if the current weights are still its; else
+                             a new version
+    label < floor            silence: a replay below what was published before the crash
+
+Owns: attempt numbers, what is published, when to try again. The router owns the fleet, the ledger the
+    numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from milepost import types as t
+from milepost.client.router import RouterClient
+from milepost.errors import FailedPrecondition, MilepostError, StaleTerm, Unavailable
+from milepost_trainer.buckets import Bucket
+from milepost_trainer.settings import PublishSettings
+from milepost_trainer.transports.base import WeightTransport
+
+log = logging.getLogger(__name__)
+
+Gather = Callable[[Bucket], Awaitable[torch.Tensor]]
+_PAUSE = {"retract": t.PauseMode.RETRACT, "in_place": t.PauseMode.IN_PLACE, "abort": t.PauseMode.ABORT}
+_MAX_DELAY_S = 30.0
+_WATCH_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True)
+class Published:
+    """What engines serve.
+
+    Attributes:
+        version: its number; 0 before the first publication.
+        label: the step whose weights it is; None before the first publication.
+    """
+
+    version: int = 0
+    label: int | None = None
+
+
+class Publisher:
+    """Publishes the current weights to whoever lacks them.
+
+    Args:
+        router: control of the fleet.
+        transport: moves the bytes.
+        buckets: of the model, planned for this transport.
+        gather: brings a bucket's bytes to this rank.
+        settings: deadlines, pause mode.
+        run_id: the run.
+    """
+
+    def __init__(
+        self,
+        router: RouterClient,
+        *,
+        transport: WeightTransport,
+        buckets: Sequence[Bucket],
+        gather: Gather,
+        settings: PublishSettings,
+        run_id: str,
+    ) -> None:
+        self._router = router
+        self._transport = transport
+        self._buckets = tuple(buckets)
+        self._manifest = tuple(spec for bucket in buckets for spec in _specs(bucket))
+        self._gather = gather
+        self._settings = settings
+        self._run_id = run_id
+        self._fleet = t.Fleet()
+        self._attempts: dict[int, int] = {}
+        self._failures = 0
+        self._not_before = 0.0
+        self._own = False  # this process published what is published
+        self._due: int | None = None
+        self._floor = 0
+        self.changed = asyncio.Event()
+        self.term = 0
+        self.label = 0
+        self.published = Published()
+
+    def start(self, *, term: int, label: int, published: Published) -> None:
+        """Say where the run stands after the checkpoint is loaded.
+
+        Args:
+            term: of this trainer.
+            label: step of the loaded weights.
+            published: what the ledger holds as newest; nothing is published below its label.
+        """
+        self.term, self.label, self.published = term, label, published
+        self._floor = published.label or 0
+        self._due = label
+
+    def moved_to(self, label: int, *, due: bool) -> None:
+        """The weights are now those of step `label`; `due` says that engines shall get them."""
+        self.label = label
+        if due:
+            self._due = label
+            self._failures, self._not_before = 0, 0.0
+
+    @property
+    def wanted(self) -> bool:
+        """Engines should be given weights, and it is time to try."""
+        return self.lacking and time.monotonic() >= self._not_before
+
+    @property
+    def retry_in_s(self) -> float:
+        """Seconds until a failed publication may be tried again."""
+        return max(0.0, self._not_before - time.monotonic()) if self.lacking else _MAX_DELAY_S
+
+    @property
+    def _is_due(self) -> bool:
+        newest = self.published.label
+        return self._due is not None and (newest is None or newest < self._due)
+
+    @property
+    def lacking(self) -> bool:
+        """Engines should be given weights, be it time to try or not."""
+        if self.label < self._floor:
+            return False
+        engines = [e for e in self._fleet.engines if e.run_id in ("", self._run_id)]
+        return any(self._lags(engine) for engine in engines)
+
+    def _lags(self, engine: t.Engine) -> bool:
+        if engine.state in (t.EngineState.STALE, t.EngineState.QUARANTINED):
+            return True
+        newest = self.published.label
+        behind = self._is_due or (newest is not None and engine.weight_label < newest)
+        return engine.state is t.EngineState.SERVING and behind
+
+    # ------------------------------------------------------------------ watching
+
+    async def watch(self) -> None:
+        """Follow the fleet for ever; run as a task beside the loop."""
+        while True:
+            try:
+                async for fleet in self._router.watch_fleet(self._run_id):
+                    if fleet.fleet_epoch != self._fleet.fleet_epoch:
+                        self._failures, self._not_before = 0, 0.0
+                    self._fleet = fleet
+                    self.changed.set()
+            except MilepostError as error:
+                log.debug("the router does not answer: %s", error)
+            await asyncio.sleep(_WATCH_AGAIN_S)
+
+    # ------------------------------------------------------------------ publishing
+
+    async def catch_up(self) -> bool:
+        """Publish once if that is wanted; the weights must stand still meanwhile.
+
+        Returns:
+            True when engines were given weights.
+
+        Raises:
+            StaleTerm: another trainer took over.
+        """
+        self.changed.clear()
+        if not self.wanted:
+            return False
+        again = not self._is_due and self.label == self.published.label and self._own
+        version = self.published.version if again else 0
+        attempt = self._attempts.get(self.label, 0) + 1
+        self._attempts[self.label] = attempt
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                committed = await self._transact(version=version, attempt=attempt)
+        except StaleTerm:
+            raise
+        except (MilepostError, TimeoutError) as error:
+            self._back_off(str(error) or f"deadline of {self._settings.timeout_s:.0f} s passed")
+            return False
+        if committed is None:  # the fleet as we see it is older than the router's
+            self._not_before = time.monotonic() + self._settings.retry_delay_s
+            return False
+        self._failures, self._not_before = 0, 0.0
+        self.published, self._own = Published(committed.version, self.label), True
+        for engine, why in committed.quarantined.items():
+            log.warning("engine %s is quarantined: %s", engine, why)
+        return True
+
+    def _back_off(self, why: str) -> None:
+        self._failures += 1
+        delay = min(_MAX_DELAY_S, self._settings.retry_delay_s * 2 ** (self._failures - 1))
+        self._not_before = time.monotonic() + delay
+        log.warning("weights of step %d not published, again in %.1f s: %s", self.label, delay, why)
+
+    async def _transact(self, *, version: int, attempt: int) -> t.Committed | None:
+        prepared = await self._router.prepare_weights(
+            t.PrepareRequest(
+                run_id=self._run_id,
+                term=self.term,
+                label=self.label,
+                attempt=attempt,
+                version=version,
+                manifest=self._manifest,
+                transport=self._transport.kind,
+                pause_mode=_PAUSE[self._settings.pause_mode],
+                master_address=self._transport.master_address,
+                master_port=self._transport.master_port,
+                timeout_s=self._settings.timeout_s,
+            )
+        )
+        if not prepared.members:
+            return None
+        done = False
+        try:
+            await self._transport.open(prepared, timeout_s=self._settings.timeout_s)
+            await self._transfer(prepared)
+            committed = await self._router.commit_weights(
+                prepared.transaction_id,
+                fleet_epoch=prepared.fleet_epoch,
+                term=self.term,
+                num_buckets=len(self._buckets),
+                timeout_s=self._settings.timeout_s,
+            )
+            done = True
+            return committed
+        finally:
+            await self._end(prepared, done=done)
+
+    async def _end(self, prepared: t.Prepared, *, done: bool) -> None:
+        await self._transport.close(broken=not done)
+        if not done:
+            try:
+                async with asyncio.timeout(_MAX_DELAY_S):
+                    await self._router.abort_weights(
+                        prepared.transaction_id, term=self.term, reason="the trainer gave up"
+                    )
+            except (MilepostError, TimeoutError) as error:
+                log.warning("transaction %s: abort failed: %s", prepared.transaction_id, error)
+
+    async def _transfer(self, prepared: t.Prepared) -> None:
+        """Send all buckets, gathering the next one while one is on its way."""
+        headers: asyncio.Queue[t.BucketHeader | None] = asyncio.Queue()
+        acks = cast(
+            AsyncGenerator[t.BucketAck],
+            self._router.update_weights(_drain(headers), timeout_s=self._settings.timeout_s),
+        )
+        gathering = self._start_gather(0)
+        try:
+            for index, bucket in enumerate(self._buckets):
+                flat = await gathering
+                if index + 1 < len(self._buckets):
+                    gathering = self._start_gather(index + 1)
+                handles = await self._transport.stage(bucket, flat)
+                headers.put_nowait(_header(prepared, bucket, handles))
+                await self._exchange(bucket, flat, acks)
+                await self._transport.unstage(bucket)
+            headers.put_nowait(None)
+        finally:
+            gathering.cancel()
+            await acks.aclose()
+
+    async def _exchange(self, bucket: Bucket, flat: torch.Tensor, acks: AsyncIterator[t.BucketAck]) -> None:
+        """Push a bucket's bytes and hear what the members say; whichever fails first ends both."""
+        sending = asyncio.create_task(
+            self._transport.send(bucket, flat, timeout_s=self._settings.timeout_s), name="send bucket"
+        )
+        answering = asyncio.create_task(_next(acks), name="await acks")
+        try:
+            done, _ = await asyncio.wait([sending, answering], return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            _check_ack(answering.result())
+        finally:
+            for task in (sending, answering):
+                task.cancel()
+            await asyncio.gather(sending, answering, return_exceptions=True)
+
+    def _start_gather(self, index: int) -> asyncio.Task[torch.Tensor]:
+        async def gather() -> torch.Tensor:
+            return await self._gather(self._buckets[index])
+
+        return asyncio.create_task(gather(), name=f"gather bucket {index}")
+
+
+async def _drain(headers: asyncio.Queue[t.BucketHeader | None]) -> AsyncIterator[t.BucketHeader]:
+    while (header := await headers.get()) is not None:
+        yield header
+
+
+async def _next(acks: AsyncIterator[t.BucketAck]) -> t.BucketAck:
+    try:
+        return await anext(acks)
+    except StopAsyncIteration:
+        raise Unavailable("the router ended the transfer early") from None
+
+
+def _check_ack(ack: t.BucketAck) -> None:
+    """Raise unless somebody took the bucket and the group still stands."""
+    refusals = "; ".join(f"{a.engine_id}: {a.message}" for a in ack.acks if not a.ok)
+    if ack.group_broken:
+        raise Unavailable(f"bucket {ack.bucket_index}: the group broke: {refusals}")
+    if not any(a.ok for a in ack.acks):
+        raise FailedPrecondition(f"bucket {ack.bucket_index}: no member took it: {refusals}")
+
+
+def _header(prepared: t.Prepared, bucket: Bucket, handles: tuple[t.HandlesOfEngine, ...]) -> t.BucketHeader:
+    return t.BucketHeader(
+        transaction_id=prepared.transaction_id,
+        fleet_epoch=prepared.fleet_epoch,
+        bucket_index=bucket.index,
+        tensors=_specs(bucket),
+        handles=handles,
+        size_bytes=bucket.size_bytes,
+    )
+
+
+def _specs(bucket: Bucket) -> tuple[t.TensorSpec, ...]:
+    return tuple(t.TensorSpec(name=s.name, dtype=s.dtype, shape=s.shape) for s in bucket.slots)

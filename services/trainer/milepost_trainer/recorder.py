@@ -1,0 +1,75 @@
+"""What is written down of each step: metrics.jsonl, steps.jsonl and TensorBoard files.
+
+``steps.jsonl`` is a witness for the ledger's audit: the step's prompts in order, written as soon as the step
+is committed. Both files are appended to, over restarts too; a replayed step has a line of its own each time,
+marked as such in metrics.jsonl. Values that are not finite become null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from milepost.types import StepManifest
+from milepost_trainer.checkpoint import manifest_to_json
+
+
+class Recorder:
+    """Appends to the files of one folder.
+
+    Args:
+        directory: where they are.
+        tensorboard: also write TensorBoard event files there.
+    """
+
+    def __init__(self, directory: Path, *, tensorboard: bool) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self._steps = (directory / "steps.jsonl").open("a", encoding="utf-8")
+        self._board: Any = _open_board(directory / "tensorboard") if tensorboard else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._steps.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write_commit(self, entry: StepManifest, *, term: int) -> None:
+        """Note which groups a step took."""
+        _append(self._steps, manifest_to_json(entry) | {"term": term})
+
+    def write_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Note how a step went."""
+        _append(self._metrics, {"step": step, **{name: _number(v) for name, v in metrics.items()}})
+        if self._board is not None:
+            for name, value in metrics.items():
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+
+def _append(file: Any, row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+
+
+def _number(value: float | None) -> float | int | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return int(value) if isinstance(value, bool) else value
+
+
+def _open_board(directory: Path) -> Any:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    return SummaryWriter(log_dir=str(directory))

@@ -1,0 +1,1 @@
+"""Transports of weights: one small file each behind the interface in ``base``."""
