@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from milepost.cli.options import BUFFER, add_run
+from milepost.cli.options import add_address, add_run, address
 from milepost.errors import MilepostError
 from milepost.feed import Feeder, FeedOptions, FeedProgress
 
@@ -26,9 +26,7 @@ def add(commands: Any, text: str) -> None:
     )
     parser.add_argument("file", help="JSONL: one prompt a line")
     add_run(parser)
-    parser.add_argument(
-        "--buffer", default=BUFFER, metavar="HOST:PORT", help="the buffer (default: %(default)s)"
-    )
+    add_address(parser, "buffer")
     parser.add_argument(
         "--source", default="", metavar="NAME", help="name of the source (default: the file's name)"
     )
@@ -56,12 +54,13 @@ def add(commands: Any, text: str) -> None:
     parser.set_defaults(run=feed)
 
 
-_DESCRIPTION = """Puts the prompts of a JSONL file into a run. A line is an object with one of "prompt"
-(text), "messages" and "input_ids", and optionally "prompt_id", "label", "metadata", "reward", "sampling"; ids
-default to <dataset>/<epoch>/<index>. Lines that cannot be used are reported with their number and skipped.
+_DESCRIPTION = """Puts the prompts of a JSONL file into a run. A line is an object with one of
+"prompt" (text), "messages" and "input_ids", and optionally "prompt_id", "label", "metadata",
+"reward", "sampling"; ids default to <dataset>/<epoch>/<index>. Lines that cannot be used are
+reported with their number and skipped.
 
-The position is kept in the buffer: stop it, start it again, and it goes on where it stood. It goes only as
-fast as the run takes prompts.
+The position is kept in the buffer: stop it, start it again, and it goes on where it stood. It goes
+only as fast as the run takes prompts.
 
 exit status: 0 all fed; 1 lines were skipped, or it failed; 2 wrong command line; 130 interrupted
 """
@@ -90,7 +89,7 @@ async def feed(options: argparse.Namespace) -> int:
         )
         feeder = Feeder(
             options.file,
-            buffer=options.buffer,
+            buffer=address(options, "buffer"),
             options=feed_options,
             on_progress=line.show,
             on_bad_line=line.bad,

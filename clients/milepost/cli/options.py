@@ -1,27 +1,65 @@
-"""Options that several subcommands share, and their defaults."""
+"""Options that several subcommands share, and where a service is reached when nobody says so.
+
+A command asks, in this order: its flag (`--buffer host:port`), the `up.json` of a `milepost up` that is
+running the run (`runs/<run>/up.json`, or `--run-dir`), the service's default port on this machine.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-BUFFER = "127.0.0.1:7101"
-ROUTER = "127.0.0.1:7102"
-ROLLOUT = "127.0.0.1:7103"
-TRAINER = "127.0.0.1:7104"
+from milepost.channel import RetryPolicy
+
+PATIENCE = RetryPolicy(retry_for_s=5.0)
+DEFAULTS: Mapping[str, str] = {
+    "buffer": "127.0.0.1:7101",
+    "router": "127.0.0.1:7102",
+    "rollout": "127.0.0.1:7103",
+    "trainer": "127.0.0.1:7104",
+}
 
 
-def add_run(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Adds `--run`."""
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds `--run` and `--run-dir`."""
     parser.add_argument(
-        "--run",
-        dest="run_id",
-        default="default",
-        required=required,
-        metavar="RUN",
-        help="the run (default: %(default)s)",
+        "--run", dest="run_id", default="default", metavar="RUN", help="the run (default: %(default)s)"
     )
+    parser.add_argument(
+        "--run-dir", default="", metavar="DIR", help="of a `milepost up`, for addresses (default: runs/RUN)"
+    )
+
+
+def add_address(parser: argparse.ArgumentParser, *services: str) -> None:
+    """Adds `--buffer`, `--router` and so on."""
+    for service in services:
+        text = f"the {service} (default: as `milepost up` of that run says, else {DEFAULTS[service]})"
+        parser.add_argument(f"--{service}", default="", metavar="HOST:PORT", help=text)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds `--json`."""
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+
+
+def address(options: argparse.Namespace, service: str) -> str:
+    """Where a service is reached."""
+    flag = str(getattr(options, service, ""))
+    run_dir = Path(options.run_dir or f"runs/{options.run_id or 'default'}")
+    return flag or _from_up(run_dir, service) or DEFAULTS[service]
+
+
+def _from_up(run_dir: Path, service: str) -> str:
+    """The service's address in `up.json`, if its supervisor lives."""
+    try:
+        state: Mapping[str, Any] = json.loads((run_dir / "up.json").read_text(encoding="utf-8"))
+        os.kill(state["pid"], 0)
+        return str(state["services"][service]["addresses"]["grpc"])
+    except PermissionError:  # it lives, under another user
+        return ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

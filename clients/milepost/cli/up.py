@@ -41,13 +41,13 @@ def add(commands: Any, text: str) -> None:
     parser.add_argument("--stay", action="store_true", help="go on when the trainer has finished")
 
 
-_DESCRIPTION = """Starts buffer (with an embedded Redis), router, engines, rollout gateway and trainer of one
-run as children of this process, each as soon as those it needs are ready. A child that dies is started again
-on the same ports; one that dies five times before it is ready ends everything. When the trainer has finished,
-or on Ctrl-C, all are stopped in order, the buffer last.
+_DESCRIPTION = """Starts buffer (with an embedded Redis), router, engines, rollout gateway and
+trainer of one run as children of this process, each as soon as those it needs are ready. A child
+that dies is started again on the same ports; one that dies five times before it is ready ends
+everything. When the trainer has finished, or on Ctrl-C, all are stopped in order, the buffer last.
 
-Every setting of the table [up] is a flag here; the services read their own tables of the same file. Logs are
-in <run_dir>/logs, pids and addresses in <run_dir>/up.json.
+Every setting of the table [up] is a flag here; the services read their own tables of the same file.
+Logs are in <run_dir>/logs, pids and addresses in <run_dir>/up.json.
 
 exit status: 0 the run finished, or SIGTERM; 1 failed; 2 wrong settings; 130 Ctrl-C
 """

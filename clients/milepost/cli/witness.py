@@ -1,0 +1,101 @@
+"""Outside witnesses for the audit, read from what clients and trainers leave on disk. No torch here.
+
+| file                            | written by                       | says                               |
+|---------------------------------|----------------------------------|------------------------------------|
+| `step_*.term_*/meta.json`       | the trainer, in each checkpoint  | steps since the oldest checkpoint  |
+| `steps.jsonl`                   | the trainer, after each commit   | every committed step               |
+| `*.jsonl` with `accepted`       | `milepost feed --acknowledged`   | prompts that the buffer accepted   |
+
+A folder stands for all of these in it. A line without its end, left by a crash, is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from milepost.errors import InvalidArgument
+from milepost.types import DroppedGroup, DropReason, StepManifest, Witness
+
+
+def read_witnesses(paths: Sequence[str | Path], *, run_id: str) -> list[Witness]:
+    """Reads files and folders.
+
+    Args:
+      paths: files, or folders to search.
+      run_id: the run that is audited.
+
+    Raises:
+      OSError: a file cannot be read.
+      InvalidArgument: a file is no witness, or of another run.
+    """
+    return [_read(file, run_id) for path in paths for file in _files(Path(path))]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = [
+        *path.glob("**/step_*/meta.json"),
+        *path.glob("**/steps.jsonl"),
+        *path.glob("**/acknowledged*.jsonl"),
+    ]
+    own = path / "meta.json"
+    found += [own] if own.is_file() and own not in found else []
+    found = [f for f in found if ".partial." not in str(f)]
+    if not found:
+        raise InvalidArgument(f"--witness {path}: no checkpoint, steps.jsonl or acknowledged*.jsonl in it")
+    return sorted(found)
+
+
+def _read(path: Path, run_id: str) -> Witness:
+    try:
+        if path.suffix == ".jsonl":
+            return _read_lines(path, run_id)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _of_run(content, run_id, path)
+        return Witness(name=f"checkpoint {content['step']}", steps=tuple(map(_step, content["manifest"])))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InvalidArgument):
+            raise
+        raise InvalidArgument(
+            f"--witness {path}: {type(error).__name__}: {error}; give a checkpoint's meta.json, "
+            "a steps.jsonl, or a file written by `milepost feed --acknowledged`"
+        ) from error
+
+
+def _read_lines(path: Path, run_id: str) -> Witness:
+    steps: dict[int, StepManifest] = {}
+    accepted: list[str] = []
+    for number, row in _rows(path):
+        _of_run(row, run_id, path)
+        if "accepted" in row:
+            accepted += row["accepted"]
+        elif "prompt_ids" in row:
+            steps[int(row["step"])] = _step(row)  # a step that was trained again: the last one stands
+        else:
+            raise InvalidArgument(f"--witness {path}: line {number} has neither `accepted` nor `prompt_ids`")
+    ordered = tuple(steps[step] for step in sorted(steps))
+    return Witness(name=path.name, steps=ordered, accepted_prompt_ids=tuple(accepted))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith("\n"):
+                yield number, json.loads(line)
+
+
+def _of_run(row: Mapping[str, Any], run_id: str, path: Path) -> None:
+    if row.get("run_id", run_id) != run_id:
+        raise InvalidArgument(f"--witness {path}: of run {row['run_id']!r}; the audit is of {run_id!r}")
+
+
+def _step(row: Mapping[str, Any]) -> StepManifest:
+    dropped = tuple(
+        DroppedGroup(prompt_id=prompt_id, reason=DropReason[reason.upper()])
+        for prompt_id, reason in row.get("dropped", {}).items()
+    )
+    return StepManifest(step=int(row["step"]), prompt_ids=tuple(row["prompt_ids"]), dropped=dropped)
