@@ -31,7 +31,9 @@ async def serving(settings: BufferSettings) -> AsyncGenerator[tuple[GrpcServer, 
     async with AsyncExitStack() as stack:
         url = settings.redis_url
         if not url:
-            redis = EmbeddedRedis(settings.data_dir, appendfsync=settings.appendfsync)
+            redis = EmbeddedRedis(
+                settings.data_dir, appendfsync=settings.appendfsync, wait_s=settings.redis_wait_s
+            )
             url = (await stack.enter_async_context(redis)).url
         ledger = await stack.enter_async_context(
             open_ledger(url, redis_wait_s=settings.redis_wait_s, require_aof=settings.require_aof)

@@ -25,7 +25,6 @@ from milepost import errors
 from milepost_common.process import die_with_parent
 
 SOCKET_PATH_LIMIT = 100
-LOCK_WAIT_S = 10.0
 STOP_WAIT_S = 10.0
 RESTART_DELAY_S = 0.2
 MAX_RESTART_DELAY_S = 5.0
@@ -56,11 +55,12 @@ class EmbeddedRedis:
     Args:
       data_dir: folder of its append-only file; made when missing.
       appendfsync: `always` or `everysec`.
+      wait_s: how long to wait for another server to leave the folder.
     """
 
-    def __init__(self, data_dir: str | Path, *, appendfsync: str = "always") -> None:
+    def __init__(self, data_dir: str | Path, *, appendfsync: str = "always", wait_s: float = 10.0) -> None:
         self.data_dir = Path(data_dir).resolve()
-        self._appendfsync = appendfsync
+        self._appendfsync, self._wait_s = appendfsync, wait_s
         self._binary = server_binary()
         self._socket_dir: str | None = None
         self._lock: IO[bytes] | None = None
@@ -113,7 +113,7 @@ class EmbeddedRedis:
     async def _take_lock(self) -> None:
         """Locks the folder. The child inherits the descriptor: the lock lasts until both are gone."""
         self._lock = (self.data_dir / "lock").open("ab")
-        deadline = asyncio.get_running_loop().time() + LOCK_WAIT_S
+        deadline = asyncio.get_running_loop().time() + self._wait_s
         while True:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,7 +24,7 @@ class BufferSettings(ServiceSettings, table="buffer"):
     """Folder of the embedded server's append-only file. Unused with `redis_url`."""
 
     redis_wait_s: float = Field(default=10.0, ge=0, le=3600)
-    """How long to wait for Redis to answer at the start, in seconds."""
+    """How long to wait at the start for Redis to answer, or for `data_dir` to be free, in seconds."""
 
     require_aof: bool = True
     """Refuse a Redis without an append-only file. False accepts that a restart of Redis loses the run."""

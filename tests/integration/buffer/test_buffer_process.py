@@ -214,7 +214,7 @@ async def test_sigterm_answers_those_who_wait_and_ends_with_0(driver, buffer_pro
 
 
 async def test_a_data_dir_serves_one_buffer(buffer_process) -> None:
-    second = type(buffer_process)(buffer_process.folder)
+    second = type(buffer_process)(buffer_process.folder, ("--redis_wait_s", "0.1"))
     await second.launch()
     status, said = await second.finish()
     assert status == 1
