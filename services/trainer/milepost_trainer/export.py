@@ -28,6 +28,7 @@ def write_hf_export(
     fresh = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh, state_dict=dict(tensors), safe_serialization=True)
+    make_readable(fresh)
     for item in source.iterdir():
         if item.is_file() and item.name not in _OWN and not item.name.endswith(_WEIGHT_SUFFIXES):
             shutil.copyfile(item, fresh / item.name)
@@ -37,3 +38,9 @@ def write_hf_export(
         directory.rename(old)
     fresh.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def make_readable(directory: Path) -> None:
+    """Let everybody read a folder's weights: safetensors gives them to the writer alone."""
+    for file in directory.glob("*.safetensors"):
+        file.chmod(0o644)

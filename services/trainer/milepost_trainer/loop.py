@@ -124,7 +124,7 @@ class StepLoop:
         self._state.term = fenced.term
         meta = await self._saver.newest()
         if meta is None:
-            self._state.checkpoint = await self._saver.save(0)
+            self._state.checkpoint = await self._saver.save_initial()
         else:
             self._state.checkpoint = await self._saver.load(meta)
         step = self._state.checkpoint.step

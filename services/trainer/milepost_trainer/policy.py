@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from milepost_trainer import attention
 from milepost_trainer.batch import MicroBatch
@@ -174,6 +175,7 @@ def load_policy(
             f"model_dir is {model_dir}: it holds no config.json; name a Hugging Face directory"
         )
     name = attention.register()
+    disable_progress_bar()
     if initial_weights == "random":
         config = AutoConfig.from_pretrained(model_dir)
         with torch.random.fork_rng(devices=[]):

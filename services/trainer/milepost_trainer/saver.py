@@ -55,12 +55,21 @@ class Saver:
         await self._crew.call("load", str(path / "state"))
         return SavedCheckpoint(step=meta.name.step, path=str(path))
 
+    async def save_initial(self) -> SavedCheckpoint:
+        """Save checkpoint 0, before anything is leased; the ledger has not heard of any yet."""
+        return await self._write(0)
+
     async def save(self, step: int) -> SavedCheckpoint:
         """Save the current state as the checkpoint of `step`, and let go of what it makes superfluous.
 
         Raises:
             OSError: the disk refuses; nothing was trimmed or deleted.
         """
+        saved = await self._write(step)
+        await self._trim()
+        return saved
+
+    async def _write(self, step: int) -> SavedCheckpoint:
         name = CheckpointName(step, self._ledger.term)
         oldest = min((n.step for n in self._store.names()), default=step)
         meta = CheckpointMeta(
@@ -72,7 +81,6 @@ class Saver:
         state = await asyncio.to_thread(self._store.begin, name)
         await self._crew.call("save", str(state))
         path = await asyncio.to_thread(self._store.finish, meta)
-        await self._trim()
         return SavedCheckpoint(step=step, path=str(path))
 
     async def _trim(self) -> None:

@@ -10,7 +10,9 @@ same numbers, no hooks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -159,12 +161,14 @@ class FsdpBackend(Backend):
 
     def save(self, directory: Path) -> None:
         """See ``Backend.save``."""
-        state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=self.world.mesh is None)
+        with _quiet():
+            state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=self.world.mesh is None)
 
     def load(self, directory: Path) -> None:
         """See ``Backend.load``."""
         state = self._state()
-        state_dict_loader.load(state, checkpoint_id=directory, no_dist=self.world.mesh is None)
+        with _quiet():
+            state_dict_loader.load(state, checkpoint_id=directory, no_dist=self.world.mesh is None)
         for parameter in self._parameters:
             self._optimizer.state[parameter]["step"].copy_(state["counters"]["adam_steps"])
         self.num_updates = int(state["counters"]["num_updates"])
@@ -209,6 +213,14 @@ class FsdpBackend(Backend):
         named = self._settings.reference_dir
         weights = "load" if named else self._settings.initial_weights
         return self._load(named or self._settings.model_dir, weights).eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """torch warns that one process saves alone, which is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _shard(policy: Policy, settings: TrainerSettings, world: World) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from milepost.types import HandlesOfEngine, Prepared, Transport
 from milepost_trainer.buckets import Bucket, read_bucket
+from milepost_trainer.export import make_readable
 from milepost_trainer.transports.base import WeightTransport
 
 
@@ -46,6 +47,7 @@ class DiskTransport(WeightTransport):
         named = {name: tensor.contiguous() for name, tensor in read_bucket(bucket, flat.cpu()).items()}
         path = self._folder / "model.safetensors"
         await asyncio.to_thread(save_file, named, path, {"format": "pt"})
+        make_readable(self._folder)
         return (HandlesOfEngine(handles=(str(self._folder).encode(),)),)
 
     async def close(self, *, broken: bool) -> None:
