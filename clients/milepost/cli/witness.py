@@ -52,7 +52,7 @@ def _files(path: Path) -> list[Path]:
 
 def _read(path: Path, run_id: str) -> Witness:
     try:
-        if path.suffix == ".jsonl":
+        if path.name != "meta.json":
             return _read_lines(path, run_id)
         content = json.loads(path.read_text(encoding="utf-8"))
         _of_run(content, run_id, path)

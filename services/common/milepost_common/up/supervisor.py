@@ -92,6 +92,11 @@ class Supervisor:
             await asyncio.gather(*self._keepers.values(), return_exceptions=True)
             self._write_state()
 
+    async def ready(self, name: str) -> Mapping[str, str]:
+        """Waits until a child was ready once; returns its addresses."""
+        await self._kept[name].was_ready.wait()
+        return self._kept[name].addresses
+
     def interrupt(self, code: int = INTERRUPTED) -> None:
         """Asks for the end; asked again, ends every child at once."""
         if self._stopping.is_set():
