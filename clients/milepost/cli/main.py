@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from milepost import __version__
+from milepost.cli.options import in_words
 from milepost.cli.services import SERVICES, hand_over
 from milepost.errors import InvalidArgument, MilepostError
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("milepost: interrupted", file=sys.stderr)
         return INTERRUPTED
     except MilepostError as error:
-        print(f"milepost {args[0]}: {error}", file=sys.stderr)
+        print(f"milepost {args[0]}: {in_words(error)}", file=sys.stderr)
         return USAGE if isinstance(error, InvalidArgument) else FAILED
     except BrokenPipeError:
         # Whoever reads us has had enough. Python would complain once more when it closes standard output.

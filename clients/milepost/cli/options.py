@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from milepost.channel import RetryPolicy
+from milepost.errors import MilepostError, Unavailable
 
 PATIENCE = RetryPolicy(retry_for_s=5.0)
 DEFAULTS: Mapping[str, str] = {
@@ -63,3 +65,13 @@ def _from_up(run_dir: Path, service: str) -> str:
         return ""
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def in_words(error: MilepostError, *, where: str = "") -> str:
+    """What an error says, on one line; a service that is not there is named without grpc's history of it."""
+    text = " ".join(str(error).split())
+    refused = re.search(r"(?:ipv4:|ipv6:)?(\S+?): Failed to connect", text)
+    if isinstance(error, Unavailable) and (refused or "all backends" in text):
+        who = where or (refused[1] if refused else "the service")
+        return f"{who} does not answer; is it running, and is this where it listens?"
+    return text

@@ -52,7 +52,8 @@ async def _supervise(settings: UpSettings, plan: Plan, config: str) -> int:
     )
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, supervisor.interrupt, INTERRUPTED)
-    loop.add_signal_handler(signal.SIGTERM, supervisor.interrupt, OK)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, supervisor.interrupt, OK)
     print(
         f"run {plan.run_id} in {plan.run_dir}; logs in {plan.run_dir / 'logs'}; Ctrl-C stops all", flush=True
     )

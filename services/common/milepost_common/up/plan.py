@@ -110,6 +110,7 @@ class _Planner:
     def _rollout(self) -> ChildSpec:
         service = self._service("rollout")
         fixed = service.default("run_id", self._run_id)
+        fixed += service.default("evaluate.results", str(self._run_dir / "eval.jsonl"))
 
         def flags(at: Addresses) -> list[str]:
             router = at["router"]
