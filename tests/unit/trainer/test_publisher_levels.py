@@ -1,0 +1,298 @@
+"""Publication as a level: who is given weights, when, under which number, and what a failure leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from milepost import types as t
+from milepost.errors import StaleTerm, Unavailable
+from milepost_trainer.buckets import Bucket, plan_buckets
+from milepost_trainer.publisher import Published, Publisher
+from milepost_trainer.settings import PublishSettings
+from milepost_trainer.transports.base import WeightTransport
+
+BUCKETS = plan_buckets([("a", "uint8", (4,)), ("b", "uint8", (4,))], bucket_bytes=4)
+
+
+class FakeRouter:
+    """A fleet that does as it is told, or fails in a chosen place."""
+
+    def __init__(self) -> None:
+        self.fleets: asyncio.Queue[t.Fleet] = asyncio.Queue()
+        self.requests: list[t.PrepareRequest] = []
+        self.got: list[t.BucketHeader] = []
+        self.committed: list[int] = []
+        self.aborted: list[str] = []
+        self.engines: dict[str, t.Engine] = {}
+        self.fail_at = ""
+        self.hang_at = ""
+        self.hanging = asyncio.Event()
+        self.next_version = 1
+
+    def set_engine(self, name: str, state: t.EngineState, label: int = 0) -> None:
+        self.engines[name] = t.Engine(engine_id=name, url="", run_id="run", state=state, weight_label=label)
+        self.tell()
+
+    def tell(self) -> None:
+        fleet = t.Fleet(engines=tuple(self.engines.values()), fleet_epoch=len(self.engines))
+        self.fleets.put_nowait(fleet)
+
+    async def watch_fleet(self, run_id: str) -> AsyncIterator[t.Fleet]:
+        while True:
+            yield await self.fleets.get()
+
+    async def _at(self, place: str) -> None:
+        if self.hang_at == place:
+            self.hanging.set()
+            await asyncio.Event().wait()
+        if self.fail_at == place:
+            raise Unavailable(f"{place} failed")
+        if self.fail_at == f"stale {place}":
+            raise StaleTerm("replaced")
+
+    async def prepare_weights(self, request: t.PrepareRequest) -> t.Prepared:
+        self.requests.append(request)
+        await self._at("prepare")
+        serving = t.EngineState.SERVING
+        lacking = [
+            e for e in self.engines.values() if e.state is not serving or e.weight_label != request.label
+        ]
+        version = request.version or self.next_version
+        self.next_version = max(self.next_version, version + 1)
+        return t.Prepared(
+            transaction_id=f"t{len(self.requests)}",
+            version=version,
+            fleet_epoch=5,
+            members=tuple(t.WeightMember(engine_id=e.engine_id) for e in lacking),
+        )
+
+    async def update_weights(
+        self, buckets: AsyncIterable[t.BucketHeader], *, timeout_s: float
+    ) -> AsyncIterator[t.BucketAck]:
+        async for header in buckets:
+            await self._at("update")
+            self.got.append(header)
+            ok = self.fail_at != "refuse"
+            yield t.BucketAck(
+                bucket_index=header.bucket_index,
+                acks=(t.EngineAck(engine_id="e", ok=ok, message="no"),),
+                group_broken=self.fail_at == "break",
+            )
+
+    async def commit_weights(self, transaction_id: str, *, num_buckets: int, **_: Any) -> t.Committed:
+        await self._at("commit")
+        request = self.requests[-1]
+        version = request.version or self.next_version - 1
+        self.committed.append(version)
+        assert num_buckets == len(BUCKETS)
+        for name, engine in self.engines.items():
+            self.engines[name] = replace(engine, state=t.EngineState.SERVING, weight_label=request.label)
+        self.tell()
+        return t.Committed(version=version, serving=tuple(self.engines), published=True)
+
+    async def abort_weights(self, transaction_id: str, **_: Any) -> tuple[str, ...]:
+        self.aborted.append(transaction_id)
+        return ()
+
+
+class FakeTransport(WeightTransport):
+    """Remembers what it was asked."""
+
+    kind = t.Transport.SHM
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.staged: set[int] = set()
+        self.closed: list[bool] = []
+
+    async def open(self, prepared: t.Prepared, *, timeout_s: float) -> None:
+        pass
+
+    async def stage(self, bucket: Bucket, flat: torch.Tensor) -> tuple[t.HandlesOfEngine, ...]:
+        self.staged.add(bucket.index)
+        return (t.HandlesOfEngine(handles=(b"handle",)),)
+
+    async def send(self, bucket: Bucket, flat: torch.Tensor, *, timeout_s: float) -> None:
+        self.sent.append(bytes(flat.tolist()))
+
+    async def unstage(self, bucket: Bucket) -> None:
+        self.staged.remove(bucket.index)
+
+    async def close(self, *, broken: bool) -> None:
+        self.closed.append(broken)
+        self.staged.clear()
+
+
+class Bench:
+    """A publisher between a fake fleet and a fake transport."""
+
+    def __init__(self) -> None:
+        self.router, self.transport = FakeRouter(), FakeTransport()
+        self.publisher = Publisher(
+            self.router,  # type: ignore[arg-type]
+            transport=self.transport,
+            buckets=BUCKETS,
+            gather=self.gather,
+            settings=PublishSettings(timeout_s=5, retry_delay_s=60),
+            run_id="run",
+        )
+
+    async def gather(self, bucket: Bucket) -> torch.Tensor:
+        return torch.full((4,), bucket.index, dtype=torch.uint8)
+
+    async def heard(self) -> None:
+        """Wait until the publisher has seen all that the fleet said."""
+        while not self.router.fleets.empty():
+            self.publisher.changed.clear()
+            await self.publisher.changed.wait()
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    made = Bench()
+    made.publisher.start(term=9, label=0, published=Published())
+    watching = asyncio.create_task(made.publisher.watch())
+    yield made
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_nobody_there_nothing_to_do(bench: Bench) -> None:
+    assert not bench.publisher.wanted
+    assert not await bench.publisher.catch_up()
+    assert bench.router.requests == []
+
+
+async def test_the_first_weights_go_to_whoever_is_stale(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    assert await bench.publisher.catch_up()
+    (request,) = bench.router.requests
+    assert (request.term, request.label, request.attempt, request.version) == (9, 0, 1, 0)
+    assert [spec.name for spec in request.manifest] == ["a", "b"]
+    assert [header.bucket_index for header in bench.router.got] == [0, 1]
+    assert bench.router.got[0].handles[0].handles == (b"handle",)
+    assert bench.transport.sent == [b"\0\0\0\0", b"\1\1\1\1"]
+    assert bench.transport.closed == [False]
+    assert bench.publisher.published == Published(version=1, label=0)
+    await bench.heard()
+    assert not bench.publisher.wanted
+
+
+async def test_a_step_is_published_under_a_new_number(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    await bench.publisher.catch_up()
+    await bench.heard()
+    bench.publisher.moved_to(1, due=True)
+    assert bench.publisher.wanted
+    await bench.publisher.catch_up()
+    assert bench.publisher.published == Published(version=2, label=1)
+
+
+async def test_a_late_engine_gets_the_published_version(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    await bench.publisher.catch_up()
+    bench.router.set_engine("late", t.EngineState.STALE)
+    await bench.heard()
+    assert await bench.publisher.catch_up()
+    assert (bench.router.requests[1].version, bench.router.requests[1].attempt) == (1, 2)
+    assert bench.publisher.published == Published(version=1, label=0)
+
+
+async def test_weights_between_publications_need_a_number_of_their_own(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    await bench.publisher.catch_up()
+    await bench.heard()
+    bench.publisher.moved_to(1, due=False)
+    assert not bench.publisher.wanted
+    bench.router.set_engine("late", t.EngineState.STALE)
+    await bench.heard()
+    await bench.publisher.catch_up()
+    assert (bench.router.requests[1].version, bench.router.requests[1].label) == (0, 1)
+
+
+async def test_replay_below_what_was_published_is_silent(bench: Bench) -> None:
+    bench.publisher.start(term=10, label=3, published=Published(version=6, label=5))
+    bench.router.set_engine("serving", t.EngineState.SERVING, 5)
+    bench.router.set_engine("stale", t.EngineState.STALE)
+    await bench.heard()
+    assert not bench.publisher.wanted
+    bench.publisher.moved_to(4, due=True)
+    assert not bench.publisher.wanted
+    bench.publisher.moved_to(5, due=True)
+    assert bench.publisher.wanted
+    await bench.publisher.catch_up()
+    # Weights trained again are not the version that was published before the crash.
+    assert (bench.router.requests[0].version, bench.router.requests[0].label) == (0, 5)
+
+
+@pytest.mark.parametrize("place", ["prepare", "update", "refuse", "break", "commit"])
+async def test_a_failure_is_aborted_and_tried_again_later(bench: Bench, place: str) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    bench.router.fail_at = place
+    assert not await bench.publisher.catch_up()
+    assert not bench.publisher.wanted
+    assert bench.publisher.lacking
+    assert 0 < bench.publisher.retry_in_s <= 60
+    opened = place != "prepare"
+    assert bench.router.aborted == (["t1"] if opened else [])
+    assert bench.transport.closed == ([True] if opened else [])
+    assert bench.transport.staged == set()
+    assert bench.publisher.published.label is None
+    bench.router.fail_at = ""
+    bench.publisher.moved_to(1, due=True)  # new weights do not wait for the old delay
+    assert await bench.publisher.catch_up()
+    assert bench.publisher.published.label == 1
+
+
+async def test_a_change_of_the_fleet_ends_the_delay(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    bench.router.fail_at = "commit"
+    await bench.publisher.catch_up()
+    bench.router.fail_at = ""
+    bench.router.set_engine("other", t.EngineState.STALE)
+    await bench.heard()
+    assert bench.publisher.wanted
+    assert await bench.publisher.catch_up()
+    assert bench.router.requests[-1].attempt == 2
+
+
+@pytest.mark.parametrize("place", ["prepare", "update", "commit"])
+async def test_cancelling_cleans_up(bench: Bench, place: str) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    bench.router.hang_at = place
+    task = asyncio.create_task(bench.publisher.catch_up())
+    await bench.router.hanging.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert bench.transport.staged == set()
+    assert len(bench.router.aborted) == len(bench.transport.closed) == (place != "prepare")
+
+
+async def test_a_newer_trainer_is_fatal(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    bench.router.fail_at = "stale prepare"
+    with pytest.raises(StaleTerm):
+        await bench.publisher.catch_up()
+
+
+async def test_engines_of_other_runs_are_not_ours(bench: Bench) -> None:
+    engine = t.Engine(engine_id="x", url="", run_id="other", state=t.EngineState.STALE)
+    bench.router.engines["x"] = engine
+    bench.router.tell()
+    await bench.heard()
+    assert not bench.publisher.wanted

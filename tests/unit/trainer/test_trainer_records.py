@@ -1,0 +1,133 @@
+"""Metrics, step log, status and the control surface."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from milepost import TrainerClient
+from milepost import types as t
+from milepost.v1 import trainer_pb2_grpc
+from milepost_common.server import GrpcServer
+from milepost_trainer.learner import UpdateReport
+from milepost_trainer.metrics import StepTimes, step_metrics
+from milepost_trainer.recorder import Recorder
+from milepost_trainer.status import TrainerState
+from milepost_trainer.trainer_servicer import SERVICE, TrainerServicer
+
+GROUPS = (
+    t.StepGroup(prompt_id="a", num_tokens=(5, 7), rewards=(1.0, 0.0), staleness=0),
+    t.StepGroup(prompt_id="b", num_tokens=(4, 4), rewards=(math.nan, 0.5), staleness=2),
+)
+UPDATES = (
+    UpdateReport(0.5, 2.0, 1e-3, False, 10, 1, {"entropy": 1.0}),
+    UpdateReport(0.1, math.inf, 2e-3, True, 30, 2, {"entropy": 2.0}),
+)
+
+
+def metrics() -> dict[str, float | None]:
+    return step_metrics(
+        groups=GROUPS,
+        updates=UPDATES,
+        times=StepTimes(wait_s=1, train_s=2, publish_s=0.5, checkpoint_s=0, step_s=4),
+        weight_version=8,
+        term=3,
+        dropped=1,
+        replayed=True,
+        wall_time=1e9,
+    )
+
+
+def test_step_metrics() -> None:
+    got = metrics()
+    assert got["loss"] == pytest.approx(0.3)
+    assert got["reward_mean"] == pytest.approx(0.5)
+    assert got["entropy"] == pytest.approx(1.75)
+    assert got["grad_norm"] is None
+    assert got["lr"] == 2e-3
+    assert (got["tokens"], got["sample_tokens"], got["tokens_per_s"]) == (40, 20, 5.0)
+    assert (got["staleness_mean"], got["staleness_max"]) == (1.0, 2)
+    assert (got["skipped_updates"], got["micro_batches"], got["dropped_groups"]) == (1, 3, 1)
+    assert (got["samples"], got["groups"], got["replayed"]) == (4, 2, 1.0)
+
+
+def test_records_are_appended_and_stay_json(tmp_path: Path) -> None:
+    for _ in range(2):
+        with Recorder(tmp_path, tensorboard=False) as recorder:
+            recorder.write_commit(t.StepManifest(step=4, prompt_ids=("a", "b")), term=3)
+            recorder.write_metrics(4, metrics() | {"odd": math.nan})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 4]
+    assert rows[0]["odd"] is None
+    steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert steps[0] == {"step": 4, "prompt_ids": ["a", "b"], "dropped": {}, "term": 3}
+
+
+def test_tensorboard_files(tmp_path: Path) -> None:
+    with Recorder(tmp_path, tensorboard=True) as recorder:
+        recorder.write_metrics(1, metrics())
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert file.stat().st_size > 500
+
+
+@pytest.fixture
+async def state() -> TrainerState:
+    return TrainerState(run_id="run", world_size=2)
+
+
+@pytest.fixture
+async def client(state: TrainerState) -> AsyncIterator[TrainerClient]:
+    async with GrpcServer(listen="127.0.0.1:0", grace_s=0.1) as server:
+        server.add(trainer_pb2_grpc.add_TrainerServiceServicer_to_server, TrainerServicer(state), SERVICE)
+        await server.start()
+        async with TrainerClient(server.address) as made:
+            yield made
+
+
+async def test_status_and_pause(state: TrainerState, client: TrainerClient) -> None:
+    state.term, state.step = 5, 12
+    state.enter("waiting", "the groups of step 13")
+    got = await client.get_trainer_status()
+    assert (got.run_id, got.term, got.step, got.world_size) == ("run", 5, 12, 2)
+    assert (got.phase, got.waiting_for) == ("waiting", "the groups of step 13")
+    assert await client.pause_training() == 12
+    assert state.paused
+    assert state.woken.is_set()
+    await client.resume_training()
+    assert not state.paused
+
+
+async def test_save_waits_for_the_loop(state: TrainerState, client: TrainerClient) -> None:
+    assert await client.save_checkpoint() == t.SavedCheckpoint()
+    assert state.save_wanted
+    state.woken.clear()
+    asked = asyncio.create_task(client.save_checkpoint(max_wait_s=20))
+    await state.woken.wait()
+    state.checkpoint = t.SavedCheckpoint(step=3, path="/there")
+    state.save_wanted = False
+    state.announce()
+    assert await asked == t.SavedCheckpoint(step=3, path="/there")
+
+
+async def test_watchers_see_every_step_once_and_the_end(state: TrainerState, client: TrainerClient) -> None:
+    state.add_step(1, {"loss": 0.5})
+    state.add_step(2, {"loss": 0.4})
+    seen: list[int] = []
+    live = asyncio.Event()
+
+    async def watch() -> None:
+        async for step in client.watch_steps(after_step=1):
+            seen.append(step.step)
+            live.set()
+
+    task = asyncio.create_task(watch())
+    await live.wait()
+    state.add_step(3, {"loss": 0.3})
+    state.enter("finished")
+    await asyncio.wait_for(task, 10)
+    assert seen == [2, 3]

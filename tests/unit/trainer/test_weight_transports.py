@@ -1,0 +1,120 @@
+"""Transports without engines: what they leave where, and that it is gone afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed import distributed_c10d as c10d
+
+from milepost.errors import Unavailable
+from milepost.types import Prepared
+from milepost_trainer.buckets import Bucket, plan_buckets, read_bucket
+from milepost_trainer.settings import PublishSettings
+from milepost_trainer.transports.build import build_transport
+from milepost_trainer.transports.disk import DiskTransport
+from milepost_trainer.transports.gloo import GlooTransport
+from milepost_trainer.transports.shm import ShmTransport
+
+(BUCKET,) = plan_buckets([("a", "float32", (2, 2)), ("b", "bfloat16", (3,))], bucket_bytes=100)
+FLAT = torch.arange(BUCKET.size_bytes, dtype=torch.uint8)
+
+
+def names(folder: Path) -> set[str]:
+    return {item.name for item in folder.iterdir()}
+
+
+def content(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+async def test_shm_leaves_a_descriptor_and_nothing_afterwards(tmp_path: Path) -> None:
+    dead = tmp_path / "milepost.999999999.1"
+    dead.write_bytes(b"left behind")
+    mine = tmp_path / "unrelated"
+    mine.write_bytes(b"not ours")
+    transport = ShmTransport(root=tmp_path)
+    assert not dead.exists()
+    await transport.open(Prepared(), timeout_s=1)
+    (handles,) = await transport.stage(BUCKET, FLAT)
+    described = json.loads(handles.handles[0])
+    assert described["kind"] == "shm"
+    assert described["size_bytes"] == BUCKET.size_bytes
+    assert [entry["offset_bytes"] for entry in described["tensors"]] == [0, 16]
+    assert content(described["path"]) == bytes(FLAT.tolist())
+    await transport.unstage(BUCKET)
+    assert names(tmp_path) == {mine.name}
+    await transport.stage(BUCKET, FLAT)
+    await transport.close(broken=True)
+    assert names(tmp_path) == {mine.name}
+
+
+async def test_disk_writes_a_folder_that_everybody_may_read(tmp_path: Path) -> None:
+    transport = DiskTransport(directory=tmp_path, run_id="run")
+    await transport.open(Prepared(transaction_id="run/1/2/3"), timeout_s=1)
+    (handles,) = await transport.stage(BUCKET, FLAT)
+    file = Path(handles.handles[0].decode()) / "model.safetensors"
+    assert file.stat().st_mode & 0o444 == 0o444
+    loaded, expected = load_file(file), read_bucket(BUCKET, FLAT)
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(loaded[name].view(torch.uint8), tensor.view(torch.uint8))
+    await transport.close(broken=False)
+    assert not file.parent.exists()
+
+
+def _join_as_engine(port: int, name: str, received: list[torch.Tensor], leave: threading.Event) -> None:
+    """An engine's side, over torch's classes without its global tables."""
+    timeout = timedelta(seconds=20)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
+    keys = c10d.PrefixStore("cpu/", c10d.PrefixStore(f"{name}/", c10d.PrefixStore(name, store)))
+    group = dist.ProcessGroupGloo(keys, 1, 2, timeout)
+    tensor = torch.empty(BUCKET.size_bytes, dtype=torch.uint8)
+    options: Any = c10d.BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([tensor], options).wait()
+    received.append(tensor)
+    leave.wait(20)
+
+
+async def test_gloo_broadcasts_and_gives_up_at_the_deadline() -> None:
+    transport = GlooTransport(master_address="127.0.0.1")
+    received: list[torch.Tensor] = []
+    leave = threading.Event()
+    engine = threading.Thread(
+        target=_join_as_engine, args=(transport.master_port, "run/1/1/1", received, leave), daemon=True
+    )
+    engine.start()
+    try:
+        await transport.open(Prepared(group_name="run/1/1/1", world_size=2), timeout_s=20)
+        await transport.send(BUCKET, FLAT, timeout_s=10)
+        big = Bucket(1, plan_buckets([("c", "uint8", (1 << 26,))], bucket_bytes=1 << 27)[0].slots)
+        with pytest.raises(Unavailable, match="bucket 1 was not taken"):
+            await transport.send(big, torch.zeros(1 << 26, dtype=torch.uint8), timeout_s=0.3)
+    finally:
+        leave.set()
+        await transport.close(broken=True)
+        await asyncio.to_thread(engine.join, 20)
+    assert torch.equal(received[0], FLAT)
+
+
+async def test_gloo_gives_up_on_members_that_never_come() -> None:
+    transport = GlooTransport(master_address="127.0.0.1")
+    with pytest.raises(Unavailable, match=r"group run/1/1/2 of 2 did not form"):
+        await transport.open(Prepared(group_name="run/1/1/2", world_size=2), timeout_s=0.5)
+    await transport.close(broken=True)
+
+
+def test_settings_choose_the_transport(tmp_path: Path) -> None:
+    disk = build_transport(PublishSettings(transport="disk", disk_dir=str(tmp_path)), run_id="r")
+    assert disk.single_bucket
+    assert isinstance(build_transport(PublishSettings(transport="shm"), run_id="r"), ShmTransport)
+    assert build_transport(PublishSettings(), run_id="r").master_port > 0
