@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -67,7 +67,7 @@ class Evaluator:
 
     Args:
       roller: rolls prompts out.
-      config: the run's configuration as it is now.
+      config: waits for the run to exist and returns its configuration as it is then.
       counters: keeps the newest evaluation.
       versions: the ledger's versions; None when the gateway runs standalone.
       run_id: the gateway's run.
@@ -78,7 +78,7 @@ class Evaluator:
         self,
         *,
         roller: GroupRoller,
-        config: Callable[[], RunConfig],
+        config: Callable[[], Awaitable[RunConfig]],
         counters: Counters,
         versions: Versions | None = None,
         run_id: str = "",
@@ -102,7 +102,7 @@ class Evaluator:
         prompts = list(request.prompts or self._prompts)
         run_id = request.run_id or self._run_id
         version = await self._version(run_id, request.weight_version)
-        roll = self._roll_request(request, prompts, run_id, version.version)
+        roll = _roll_request(request, prompts, run_id, version.version, await self._config())
         timeout_s = request.timeout_s or DEFAULT_TIMEOUT_S
         outcomes = await self._roll_all(roll, prompts, timeout_s)
         evaluation = summarise(outcomes, num_requested=roll.num_samples * len(prompts))
@@ -119,28 +119,6 @@ class Evaluator:
         if self._versions is None or not run_id:
             return WeightVersion(version=version)
         return await self._versions.get_version(run_id, version=version)
-
-    def _roll_request(
-        self, request: EvaluationRequest, prompts: Sequence[Prompt], run_id: str, version: int
-    ) -> RollRequest:
-        if not prompts:
-            raise InvalidArgument(
-                "prompts: there are none; send some, or set rollout.evaluate.prompts to a JSONL file",
-                reason="NO_PROMPTS",
-            )
-        config = self._config()
-        reward = request.reward or config.reward
-        if not reward and not all(p.reward for p in prompts):
-            raise InvalidArgument("reward: neither request nor run names one; set it", reason="NO_REWARD")
-        return RollRequest(
-            prompt=prompts[0],
-            num_samples=request.samples_per_prompt or 1,
-            sampling=resolve(request.sampling or GREEDY, config.sampling),
-            reward=reward,
-            run_id=run_id,
-            version=version,
-            priority=Priority.EVALUATION,
-        )
 
     async def _roll_all(
         self, roll: RollRequest, prompts: Sequence[Prompt], timeout_s: float
@@ -167,6 +145,28 @@ class Evaluator:
         except EnginesUnavailable as error:
             log.warning("evaluation, prompt %r: %s", roll.prompt.prompt_id, error)
             return ["engine_error"] * roll.num_samples
+
+
+def _roll_request(
+    request: EvaluationRequest, prompts: Sequence[Prompt], run_id: str, version: int, config: RunConfig
+) -> RollRequest:
+    if not prompts:
+        raise InvalidArgument(
+            "prompts: there are none; send some, or set rollout.evaluate.prompts to a JSONL file",
+            reason="NO_PROMPTS",
+        )
+    reward = request.reward or config.reward
+    if not reward and not all(p.reward for p in prompts):
+        raise InvalidArgument("reward: neither request nor run names one; set it", reason="NO_REWARD")
+    return RollRequest(
+        prompt=prompts[0],
+        num_samples=request.samples_per_prompt or 1,
+        sampling=resolve(request.sampling or GREEDY, config.sampling),
+        reward=reward,
+        run_id=run_id,
+        version=version,
+        priority=Priority.EVALUATION,
+    )
 
 
 def summarise(outcomes: Sequence[Sample | str], *, num_requested: int) -> Evaluation:

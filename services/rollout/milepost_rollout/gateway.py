@@ -112,6 +112,8 @@ class Gateway:
         self._groups: dict[LeaseKey, asyncio.Task[None]] = {}
         self._ungenerated = 0
         """Samples of leased groups that are not generated yet."""
+        self._opened = asyncio.Event()
+        """Set once the run was read."""
         self._changed = asyncio.Event()
         """Set when room, pause or stop changed."""
         self._paused = False
@@ -124,9 +126,9 @@ class Gateway:
             on_settled=self._forget,
         )
 
-    @property
-    def config(self) -> RunConfig:
-        """The run's configuration, ten seconds old at most; empty before the run exists."""
+    async def config(self) -> RunConfig:
+        """The run's configuration, ten seconds old at most; waits for the run to exist."""
+        await self._opened.wait()
         return self._config
 
     @property
@@ -191,6 +193,7 @@ class Gateway:
                 self._counters.leasing = ""
                 self._ttl_s = self._config.lease_ttl_s or DEFAULT_TTL_S
                 await self._check_reward(self._config.reward)
+                self._opened.set()
                 return True
             await _wait_or_stopped(stop, backoff.next_s())
         return False

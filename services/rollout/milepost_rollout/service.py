@@ -207,12 +207,16 @@ def _default_name(settings: RolloutSettings, instance_id: str) -> str:
     return f"{platform.node()}/{instance_id if address.endswith(':0') else address}"
 
 
+async def _no_run() -> RunConfig:
+    return RunConfig()
+
+
 async def _evaluator(parts: _Parts, roller: GroupRoller, gateway: Gateway | None) -> Evaluator:
     settings = parts.settings.evaluate
     versions = await parts.own(WeightClient(parts.settings.buffer)) if gateway else None
     evaluator = Evaluator(
         roller=roller,
-        config=lambda: gateway.config if gateway else RunConfig(),
+        config=gateway.config if gateway else _no_run,
         counters=parts.counters,
         versions=versions,
         run_id=parts.settings.run_id,

@@ -305,9 +305,13 @@ class FakeVersions:
 
 def evaluator(setup: Setup, versions: FakeVersions, **more: Any) -> Evaluator:
     config = RunConfig(reward="exact", sampling=SamplingParams(temperature=1.0, max_new_tokens=3))
+
+    async def read() -> RunConfig:
+        return config
+
     return Evaluator(
         roller=setup.roller,
-        config=lambda: config,
+        config=read,
         counters=setup.counters,
         versions=versions,
         run_id="r",

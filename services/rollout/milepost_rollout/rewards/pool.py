@@ -15,8 +15,9 @@ import json
 import os
 import signal
 import struct
+import subprocess
 import sys
-from asyncio.subprocess import Process
+from asyncio.streams import FlowControlMixin
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -33,25 +34,38 @@ class WorkerDied(Exception):
 
 
 class RewardWorker:
-    """One process. Driven by one job at a time; after an error it must be killed."""
+    """One process. Driven by one job at a time; after an error it must be killed.
 
-    def __init__(self, process: Process) -> None:
+    It is started by `subprocess`, which forks with vfork: uvloop's own subprocesses run the fork handlers of
+    every library in the child of a process with threads, and gRPC's have been seen to hang there, and the
+    loop with it.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._process = process
+        self._reader = reader
+        self._writer = writer
 
     @classmethod
     async def start(cls, reward_path: Sequence[str]) -> RewardWorker:
-        """Starts a process that imports from `reward_path` and the current folder."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "milepost_rollout.rewards.worker",
-            *reward_path,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
+        """Starts a process that imports from `reward_path` and the current folder.
+
+        Called on the main thread, for the kernel ends the worker when the thread that started it ends.
+        """
+        process = subprocess.Popen(  # noqa: ASYNC220  # about a millisecond
+            [sys.executable, "-m", "milepost_rollout.rewards.worker", *reward_path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         )
-        return cls(process)
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), process.stdout)
+        transport, protocol = await loop.connect_write_pipe(FlowControlMixin, process.stdin)
+        return cls(process, reader, asyncio.StreamWriter(transport, protocol, None, loop))
 
     @property
     def pid(self) -> int:
@@ -61,35 +75,31 @@ class RewardWorker:
     async def send(self, message: dict[str, Any]) -> None:
         """Writes one frame."""
         body = json.dumps(message).encode()
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(_LENGTH.pack(len(body)) + body)
-            await self._process.stdin.drain()
+            self._writer.write(_LENGTH.pack(len(body)) + body)
+            await self._writer.drain()
         except (ConnectionError, BrokenPipeError) as error:
             raise WorkerDied from error
 
     async def receive(self) -> dict[str, Any]:
         """Reads one frame."""
-        assert self._process.stdout is not None
         try:
-            head = await self._process.stdout.readexactly(_LENGTH.size)
-            return json.loads(await self._process.stdout.readexactly(_LENGTH.unpack(head)[0]))
+            head = await self._reader.readexactly(_LENGTH.size)
+            return json.loads(await self._reader.readexactly(_LENGTH.unpack(head)[0]))
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise WorkerDied from error
 
     async def kill(self, *, after_s: float = 0.0) -> str:
         """Kills it with all it started, unless it ends within `after_s`; returns in words how it ended."""
-        if after_s:
-            try:
-                await asyncio.wait_for(self._process.wait(), after_s)
-            except TimeoutError:
-                pass
-        if self._process.returncode is None:
+        try:
+            await asyncio.to_thread(self._process.wait, after_s)
+        except subprocess.TimeoutExpired:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
-        code = await asyncio.wait_for(self._process.wait(), _REAP_S)
+        code = await asyncio.to_thread(self._process.wait, _REAP_S)
+        self._writer.close()
         return f"ended with exit code {code}" if code >= 0 else f"was killed by signal {-code}"
 
 
@@ -167,8 +177,9 @@ class WorkerPool:
         loaded = False
         try:
             samples = [asdict(job.samples[i]) for i in positions]
-            await worker.send({"reward": job.name, "samples": samples, "timeout_s": self._timeout_s})
-            reply = await asyncio.wait_for(worker.receive(), self._load_timeout_s)
+            async with asyncio.timeout(self._load_timeout_s):
+                await worker.send({"reward": job.name, "samples": samples, "timeout_s": self._timeout_s})
+                reply = await worker.receive()
             if "refused" in reply:
                 self._idle.append(worker)
                 return reply["refused"]
