@@ -26,6 +26,8 @@ from milepost.types import (
     SamplingParams,
     VersionSpan,
 )
+from milepost.v1 import reward_pb2, reward_pb2_grpc, sample_pb2
+from milepost_common.server import GrpcServer
 
 
 def sums(count: int, *, start: int = 0, **more: Any) -> list[Prompt]:
@@ -292,3 +294,80 @@ async def test_standalone_streams_need_no_ledger(engine: Any, start_router: Any,
         assert [s.reward for s in got["ids"].samples] == [1.0] * 3
         assert {span.weight_version for s in got["ids"].samples for span in s.version_spans} == {0}
     assert await asyncio.to_thread(process.stop) == 0
+
+
+async def test_aborted_requests_go_on_with_the_tokens_they_have(driver: Any, engine: Any, start_gateway: Any):
+    sampling = SamplingParams(max_new_tokens=50, ignore_eos=True)
+    await driver.create(sampling=sampling, groups_per_step=8, reward="regex:^")
+    version = await driver.publish(0, engine)
+    start_gateway(buffer=driver.buffer.address, run_id=driver.run_id, router_http=engine.url)
+    await driver.feed(*sums(16))
+    for _ in range(30):
+        await asyncio.to_thread(engine.call, "/abort_request", abort_all=True)
+    rows = await driver.until(lambda rows: all(r.state is PromptState.READY for r in rows.values()))
+    assert {r.failed_attempts for r in rows.values()} == {0}
+    groups = await driver.step(1)
+    for payload in await driver.payloads([g.prompt_id for g in groups]):
+        for s in open_group(payload).samples:
+            assert (len(s.tokens), int(s.loss_mask.sum())) == (56, 50)
+            assert s.version_spans == (VersionSpan(start=6, end=56, weight_version=version),)
+            assert s.outcome is Outcome.TRUNCATED
+
+
+class Judge(reward_pb2_grpc.RewardServiceServicer):
+    """Scores a sample by the length of its text."""
+
+    async def Score(self, request: Any, context: Any) -> Any:
+        return reward_pb2.ScoreResponse(rewards=[len(s.text) for s in request.samples])
+
+
+class Echo(reward_pb2_grpc.EnvironmentServiceServicer):
+    """Says how often the model spoke, and ends after its second turn."""
+
+    def __init__(self) -> None:
+        self.turns: dict[str, int] = {}
+
+    async def Reset(self, request: Any, context: Any) -> Any:
+        self.turns[request.episode_id] = 0
+        return reward_pb2.ResetResponse(messages=[sample_pb2.ChatMessage(role="user", content="1+")])
+
+    async def Step(self, request: Any, context: Any) -> Any:
+        self.turns[request.episode_id] += 1
+        turn = self.turns[request.episode_id]
+        return reward_pb2.StepResponse(
+            messages=[sample_pb2.ChatMessage(role="user", content="2=")], done=turn == 2, reward=turn
+        )
+
+
+async def test_rewards_and_environments_of_users_over_grpc(engine: Any, start_gateway: Any):
+    await asyncio.to_thread(engine.carry, "default")
+    echo = Echo()
+    async with GrpcServer(listen="127.0.0.1:0") as server:
+        server.add(reward_pb2_grpc.add_RewardServiceServicer_to_server, Judge(), "milepost.v1.RewardService")
+        server.add(
+            reward_pb2_grpc.add_EnvironmentServiceServicer_to_server, echo, "milepost.v1.EnvironmentService"
+        )
+        await server.start()
+        remote = f"grpc://{server.address}"
+        options = RolloutOptions(
+            samples_per_prompt=2, reward=remote, sampling=SamplingParams(max_new_tokens=3, stop=("\n",))
+        )
+        _, plain = start_gateway(buffer="", router_http=engine.url)
+        async with RolloutClient(plain) as gateway:
+            (only,) = [t async for t in gateway.rollout(stream(*sums(1)), options=options, timeout_s=60)]
+            assert [s.reward for s in only.samples] == [len(s.text) for s in only.samples]
+        _, playing = start_gateway(buffer="", router_http=engine.url, environment=remote)
+        async with RolloutClient(playing) as gateway:
+            prompt = Prompt(prompt_id="p", text="9+9=18 ")
+            (only,) = [t async for t in gateway.rollout(stream(prompt), options=options, timeout_s=60)]
+    assert sorted(echo.turns.values())[-1] <= 2
+    for s in only.samples:
+        assert s.error == ""
+        generated = int(s.loss_mask[s.prompt_length :].sum())
+        assert s.prompt_length == len("9+9=18 1+")
+        if s.outcome is Outcome.COMPLETED:
+            assert s.reward == 3.0
+            assert len(s.tokens) - s.prompt_length == generated + len("2=")
+        else:
+            assert s.outcome is Outcome.TRUNCATED
+            assert s.reward == 1.0
