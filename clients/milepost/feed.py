@@ -175,6 +175,7 @@ class Feeder:
         self._source_id = options.source_id or self._path.name
         self._dataset = options.dataset or self._path.stem
         self._client = BufferClient(buffer, retry=NO_RETRY)
+        self._buffer = f"the buffer at {buffer}"
         self._on_progress, self._on_bad_line, self._on_accepted = on_progress, on_bad_line, on_accepted
         self._progress = FeedProgress()
         self._reported: set[int] = set()
@@ -213,7 +214,7 @@ class Feeder:
                 return False
             stored = put
         if not self._options.keep_open:
-            await self._patiently(self._close, "the buffer")
+            await self._patiently(self._close)
         return not self._redis_changed()
 
     async def _close(self) -> int:
@@ -236,8 +237,9 @@ class Feeder:
                 if time.monotonic() + delay > deadline:
                     error.message += f"; waited {self._options.wait_s:.0f} s"
                     raise
-                who = "run " + self._options.run_id if isinstance(error, errors.NotFound) else "the buffer"
-                self._tell(waiting_for=f"waiting for {who}: {error}")
+                missing = isinstance(error, errors.NotFound)
+                whom = f"run {self._options.run_id}, which is not there yet" if missing else self._buffer
+                self._tell(waiting_for=f"waiting for {whom}")
             await asyncio.sleep(delay)
             delay = min(2 * delay, _MAX_DELAY_S)
 
@@ -268,7 +270,7 @@ class Feeder:
         return stored
 
     async def _stands_at(self, stored: str) -> bool:
-        source = await self._patiently(self._reopen, "the buffer")
+        source = await self._patiently(self._reopen)
         return source == stored
 
     async def _reopen(self) -> str:
@@ -293,7 +295,7 @@ class Feeder:
 
         while True:
             try:
-                result = await self._patiently(put, "the buffer")
+                result = await self._patiently(put)
                 if result.accepted:
                     return result
                 delay = _FIRST_DELAY_S
@@ -321,7 +323,7 @@ class Feeder:
             stored = result.cursor or stored
         return stored, []
 
-    async def _patiently(self, call: Callable[[], Awaitable[T]], whom: str) -> T:
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """Repeats a call while the buffer does not answer, for `retry_s`."""
         started = time.monotonic()
         delay = _FIRST_DELAY_S
@@ -332,7 +334,7 @@ class Feeder:
                 if time.monotonic() + delay - started > self._options.retry_s:
                     error.message += f"; retried for {self._options.retry_s:.0f} s"
                     raise
-                self._tell(waiting_for=f"{whom} does not answer: {error}")
+                self._tell(waiting_for=f"{self._buffer} does not answer")
             await asyncio.sleep(delay)
             delay = min(2 * delay, _MAX_DELAY_S)
 
