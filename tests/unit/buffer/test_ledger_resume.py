@@ -162,6 +162,23 @@ async def test_a_gap_is_rolled_out_again_where_asked_for(bench) -> None:
     await bench.audit()
 
 
+async def test_a_gap_below_the_published_label_has_room_of_its_own(make_bench) -> None:
+    async with make_bench(max_staleness=0) as bench:
+        for step in (1, 2, 3):
+            await bench.train_step(step)
+        await bench.put(2)
+        await bench.seal(await bench.lease(2), versions=(4,))
+        await bench.step_ids(4)  # the window of label 3 is taken
+        await bench.trim(2)
+        await bench.open_term(1, on_gap=t.OnGap.REGENERATE)
+        assert (await bench.stats()).leased_step == 4
+        leases = await bench.lease(8)
+        assert len(leases) == 2
+        await bench.seal(leases, versions=(4,))
+        await bench.commit(2, await bench.step_ids(2))
+        await bench.audit()
+
+
 async def test_a_gap_may_be_dropped(bench) -> None:
     for step in (1, 2, 3):
         await bench.train_step(step)
@@ -288,6 +305,21 @@ async def test_a_manifest_moves_groups_to_the_steps_it_names(bench) -> None:
     assert (await bench.row(b)).step == 2
     assert (await bench.row(d)).state == t.PromptState.READY
     assert (await bench.row("gone")).tombstone
+    await bench.audit()
+
+
+async def test_a_manifest_outweighs_a_drop(bench) -> None:
+    await bench.put(2)
+    await bench.ledger.prompts.cancel(bench.run_id, prompt_ids=["p000"])
+    dropped = (t.DroppedGroup(prompt_id="p001", reason=t.DropReason.FILTER),)
+    step = t.StepManifest(step=1, prompt_ids=("p000", "p001"), dropped=dropped)
+    await bench.state(1, manifest=[step])
+    rows = [await bench.row(name) for name in step.prompt_ids]
+    assert [(r.state.name, r.drop_reason.name) for r in rows] == [
+        ("TRAINED", "UNSPECIFIED"),
+        ("DROPPED", "FILTER"),
+    ]
+    assert (await bench.stats()).dropped == {"filter": 1}
     await bench.audit()
 
 

@@ -232,6 +232,19 @@ class Machine(RuleBasedStateMachine):
         assert self.history.setdefault(step, expected) == expected, "another order"
         return "leased"
 
+    @rule(steps=st.integers(1, 3))
+    def whole_steps(self, steps: int) -> None:
+        """Gets histories far enough to have something to resume, trim and lose."""
+        for _ in range(steps):
+            self.put(5, "", again=False)
+            self.lease("g", 6, restart=False)
+            for name, attempt, version in self.leases[-6:]:
+                if self.model.rows[name].state == ROLLING:
+                    self.seal_one(name, attempt, "x", [version])
+            if self.lease_this(self.model.committed + 1) == "leased":
+                self.commit_this(self.model.committed + 1, [])
+            self.publish()
+
     @rule(data=st.data())
     @precondition(lambda self: self.model.committed + 1 in self.model.steps)
     def commit(self, data) -> None:
@@ -344,6 +357,7 @@ class Machine(RuleBasedStateMachine):
         assert stats.credits == m.credits()
         assert stats.payload_bytes == GROUP_BYTES * sum(r.held for r in m.rows.values())
         assert (stats.committed_step, stats.trimmed_step) == (m.committed, m.trimmed)
+        assert stats.leased_step == max(m.steps, default=0)
         assert (stats.weight_version, stats.weight_label, stats.term) == (m.newest, m.label, m.term)
         report = self.do(self.ledger.accounts.own_audit(self.run_id)).report
         assert report.closes, report.problems
