@@ -18,8 +18,6 @@ from milepost_engine.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20
-
 
 class JsonResponse(Response):
     """JSON through orjson."""

@@ -7,6 +7,7 @@ ignored, as SGLang ignores what it does not know.
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,8 @@ from milepost_engine.params import SamplingParams, parse_sampling_params
 from milepost_engine.text import Text
 
 _DEFAULT_NEW_TOKENS = 128
+_PROCESS = uuid.uuid4().hex[:20]
+_COUNTER = itertools.count()
 _MAX_TOP_LOGPROBS = 128
 _UNSUPPORTED = (
     "image_data",
@@ -185,7 +188,7 @@ def generations(
 
 def new_rid() -> str:
     """A request id nobody else has."""
-    return uuid.uuid4().hex
+    return f"{_PROCESS}{next(_COUNTER):012x}"
 
 
 def _prompts(raw: dict[str, Any], limits: Limits, text: Text) -> tuple[list[list[int]], bool]:

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 PauseMode = Literal["abort", "retract", "in_place"]
 T = TypeVar("T")
 _IDLE_WAKE_S = 1.0
+_PREFILL_DELAY_STEPS = 3
 
 
 class Scheduler:
@@ -81,6 +82,7 @@ class Scheduler:
         self._generator = torch.Generator().manual_seed(seed)
         self._plan: SamplingPlan | None = None
         self._admitted: list[Generation] = []  # left `waiting`, not yet in `running`: during a prefill alone
+        self._steps_since_prefill = 0
         self._advanced: list[Generation] = []
         self._inbox: queue.SimpleQueue[list[Generation] | Callable[[], None] | None] = queue.SimpleQueue()
         self._accepting = threading.Lock()
@@ -271,12 +273,20 @@ class Scheduler:
     # ---- one step --------------------------------------------------------------------------------------
 
     def _step(self) -> None:
-        self._admitted = self._admit()
+        self._admitted = self._admit() if self._prefill_is_due else []
         if self._admitted:
+            self._steps_since_prefill = 0
             self._prefill(self._admitted)
             self._admitted = []
         elif self.running:
+            self._steps_since_prefill += 1
             self._decode()
+
+    @property
+    def _prefill_is_due(self) -> bool:
+        """Few arrivals wait a few steps for others: a prefill of many costs little more than of one."""
+        few = 4 * len(self.waiting) < len(self.running)
+        return not few or self._steps_since_prefill >= _PREFILL_DELAY_STEPS
 
     def _admit(self) -> list[Generation]:
         """Takes from the queue what fits: free rows, and a bound on the padded tokens of one prefill."""

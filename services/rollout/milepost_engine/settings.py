@@ -59,7 +59,7 @@ class EngineSettings(ServiceSettings, table="engine"):
     """Deadline of one weight update call, and of any command to the scheduler."""
     health_timeout_s: float = Field(20.0, gt=0)
     """Deadline of /health_generate."""
-    shutdown_timeout_s: float = Field(5.0, gt=0)
+    shutdown_timeout_s: float = Field(10.0, gt=0)
     """Deadline from SIGTERM to the end of the process."""
 
     @property
