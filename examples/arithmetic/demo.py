@@ -100,7 +100,7 @@ async def until_published(buffer: BufferClient) -> None:
 async def feeding(buffer: str) -> AsyncGenerator[None]:
     """`milepost feed`, the public client, beside what follows."""
     command = [*MILEPOST, "feed", RUN_DIR / "data" / "train.jsonl", "--run", RUN_ID, "--buffer", buffer]
-    witness = ["--acknowledged", RUN_DIR / "acknowledged.txt"]
+    witness = ["--acknowledged", RUN_DIR / "acknowledged.jsonl"]
     log = (RUN_DIR / "logs" / "feed.log").open("wb")
     with log:
         feed = await asyncio.create_subprocess_exec(*map(str, [*command, *witness]), stdout=log, stderr=log)
@@ -171,7 +171,7 @@ async def train() -> dict[str, Any]:
                 steps, seconds = await follow(trainer, buffer)
             after = await evaluate(rollout, "after GRPO")
             ledger = [*MILEPOST, "ledger", "--run", RUN_ID, "--buffer", at["buffer"], "--audit"]
-            witnesses = ["--witness", RUN_DIR / "acknowledged.txt", "--witness", RUN_DIR / "steps.jsonl"]
+            witnesses = ["--witness", RUN_DIR / "acknowledged.jsonl", "--witness", RUN_DIR / "steps.jsonl"]
             say("")
             call(*ledger, *witnesses)
             return summary(before, after, steps, seconds, await buffer.audit_ledger(RUN_ID))

@@ -1,6 +1,6 @@
 """kill -9 of the trainer and of the gateway in mid-run: the run finishes, and the ledger closes.
 
-One stack serves both kills. Judges: the order of the ledger before and after, the trainer's own step log, and the
+One stack serves both kills. Judges: the order of the ledger before and after, the trainer's step log, and the
 audit in both parts with the feeder's acknowledged ids and the step log as witnesses.
 """
 
@@ -75,5 +75,6 @@ async def test_trainer_and_gateway_die_and_nothing_is_lost(start_stack, tmp_path
         PROMPTS, PROMPTS, 0, 0, 0,
     )  # fmt: skip
     assert audit.max_staleness_seen <= 2
-    assert "0 lost" in report
+    assert "lost 0, twice 0" in report
+    assert "the audit closes" in report
     assert stack.stop() == 130
