@@ -171,9 +171,8 @@ async def train() -> dict[str, Any]:
                 steps, seconds = await follow(trainer, buffer)
             after = await evaluate(rollout, "after GRPO")
             ledger = [*MILEPOST, "ledger", "--run", RUN_ID, "--buffer", at["buffer"], "--audit"]
-            witnesses = ["--witness", RUN_DIR / "acknowledged.jsonl", "--witness", RUN_DIR / "steps.jsonl"]
             say("")
-            call(*ledger, *witnesses)
+            call(*ledger, "--witness", RUN_DIR)
             return summary(before, after, steps, seconds, await buffer.audit_ledger(RUN_ID))
 
 

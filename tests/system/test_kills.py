@@ -75,6 +75,7 @@ async def test_trainer_and_gateway_die_and_nothing_is_lost(start_stack, tmp_path
         PROMPTS, PROMPTS, 0, 0, 0,
     )  # fmt: skip
     assert audit.max_staleness_seen <= 2
+    assert "acknowledged.jsonl, steps.jsonl" in report
     assert "lost 0, twice 0" in report
     assert "the audit closes" in report
     assert stack.stop() == 130

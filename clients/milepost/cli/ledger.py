@@ -42,6 +42,7 @@ def add(commands: Any, text: str) -> None:
     parser.add_argument("--audit", action="store_true", help="do the sums close? exit status 1 if not")
     parser.add_argument(
         "--witness",
+        action="extend",
         nargs="+",
         default=[],
         metavar="PATH",
