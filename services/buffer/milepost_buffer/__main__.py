@@ -29,12 +29,7 @@ log = logging.getLogger(__name__)
 async def serving(settings: BufferSettings) -> AsyncGenerator[tuple[GrpcServer, Ledger]]:
     """A buffer that serves until the block ends: waiting calls answer first, Redis stops last."""
     async with AsyncExitStack() as stack:
-        url = settings.redis_url
-        if not url:
-            redis = EmbeddedRedis(
-                settings.data_dir, appendfsync=settings.appendfsync, wait_s=settings.redis_wait_s
-            )
-            url = (await stack.enter_async_context(redis)).url
+        url = settings.redis_url or await _start_redis(settings, stack)
         ledger = await stack.enter_async_context(
             open_ledger(url, redis_wait_s=settings.redis_wait_s, require_aof=settings.require_aof)
         )
@@ -51,6 +46,12 @@ async def serving(settings: BufferSettings) -> AsyncGenerator[tuple[GrpcServer, 
         yield server, ledger
 
 
+async def _start_redis(settings: BufferSettings, stack: AsyncExitStack) -> str:
+    redis = EmbeddedRedis(settings.data_dir, appendfsync=settings.appendfsync, wait_s=settings.redis_wait_s)
+    await stack.enter_async_context(redis)
+    return redis.url
+
+
 async def serve(settings: BufferSettings, stop: asyncio.Event) -> int:
     """Serves until `stop`; returns the exit status."""
     try:
@@ -59,7 +60,8 @@ async def serve(settings: BufferSettings, stop: asyncio.Event) -> int:
             announce("buffer", grpc=server.address)
             await stop.wait()
     except errors.MilepostError as error:
-        print(f"milepost buffer: {error}", file=sys.stderr, flush=True)
+        hint = "" if settings.redis_url else f" (log of the embedded server: {settings.data_dir}/redis.log)"
+        print(f"milepost buffer: {error}{hint}", file=sys.stderr, flush=True)
         return STATUS_CANNOT_START
     return 0
 

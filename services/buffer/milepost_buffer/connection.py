@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -22,25 +23,37 @@ SCHEMA_KEY = "mp:schema"
 SCHEMA = "1"
 CONNECT_TIMEOUT_S = 3.0
 CALL_TIMEOUT_S = 15.0
-RETRY_S = 0.25
+RETRY_S = 0.1
+QUIET_S = 2.0
 
 log = logging.getLogger(__name__)
 
 
 class RedisLink:
-    """A pool of connections to one Redis and the run id of the incarnation that it reaches."""
+    """A pool of connections to one Redis and the run id of the incarnation that it reaches.
+
+    Attributes:
+      url: where it is, fit for messages: without a password.
+      run_id: Redis's own run id.
+      client: the pool.
+    """
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url = without_password(url)
         self.run_id = ""
-        self.client: Redis = Redis.from_url(
-            url,
-            protocol=2,
-            socket_timeout=CALL_TIMEOUT_S,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            redis_connect_func=self._on_connect,
-        )
+        try:
+            self.client: Redis = Redis.from_url(
+                url,
+                protocol=2,
+                socket_timeout=CALL_TIMEOUT_S,
+                socket_connect_timeout=CONNECT_TIMEOUT_S,
+                retry=Retry(NoBackoff(), 0),
+                redis_connect_func=self._on_connect,
+            )
+        except ValueError as error:
+            raise errors.InvalidArgument(
+                f"redis_url = {self.url}: {error}; give redis://host:port, rediss://host:port or unix:///path"
+            ) from error
 
     async def _on_connect(self, connection: Any) -> None:
         await connection.on_connect()
@@ -58,7 +71,8 @@ class RedisLink:
           Unavailable: it did not within `wait_s`.
         """
         loop = asyncio.get_running_loop()
-        deadline, told = loop.time() + wait_s, False
+        started, told = loop.time(), False
+        deadline = started + wait_s
         while True:
             try:
                 await self.client.ping()
@@ -67,11 +81,10 @@ class RedisLink:
                 if loop.time() >= deadline:
                     raise errors.Unavailable(
                         f"redis_url = {self.url}: no answer within redis_wait_s = {wait_s:g} ({error}); "
-                        "start Redis, "
-                        "correct redis_url, or leave redis_url empty to use the embedded server",
+                        "start Redis, correct redis_url, or leave redis_url empty to use the embedded server",
                         reason="REDIS_DOWN",
                     ) from error
-                if not told:
+                if not told and loop.time() - started > QUIET_S:
                     log.warning(
                         "redis_url = %s does not answer (%s); retrying for %g s", self.url, error, wait_s
                     )
@@ -135,6 +148,14 @@ def check_durability(
             reason="REDIS_WITHOUT_AOF",
             metadata={"appendonly": "no"},
         )
+
+
+def without_password(url: str) -> str:
+    """The URL with its password, if it has one, replaced by asterisks."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    return url.replace(f":{parts.password}@", ":***@", 1)
 
 
 def _parse_info(raw: bytes | str) -> dict[str, str]:

@@ -725,6 +725,7 @@ local function open_term(term)
   end
   call('DEL', P .. 'reservations')
   set('term', term)
+  wake('s')
 end
 
 local function standing(next_step, poison)

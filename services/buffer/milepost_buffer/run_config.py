@@ -10,6 +10,7 @@ from typing import Any
 
 from milepost.errors import InvalidArgument
 from milepost.types import ErrorPolicy, OnStale, RunConfig, SamplingParams, Tail
+from milepost_buffer.checks import check_sampling
 
 MIB = 1024 * 1024
 MAX_GROUP_BYTES = 15 * MIB
@@ -106,6 +107,8 @@ def check(config: RunConfig) -> None:
         value = getattr(config, name)
         if not low <= value <= high:
             raise InvalidArgument(f"config.{name} = {value}: give a value from {low:g} to {high:g}")
+    if config.sampling is not None:
+        check_sampling(config.sampling, where="config.sampling")
     c: Any = config
     if c.max_staleness < c.publish_every - 1:
         raise InvalidArgument(

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from milepost import errors
 from milepost import types as t
-from milepost_buffer.connection import SCHEMA_KEY, check_durability
+from milepost_buffer.connection import SCHEMA_KEY, check_durability, without_password
 from milepost_buffer.ledger import open_ledger
 from milepost_buffer.wake import Answer, Bell
 
@@ -74,6 +74,14 @@ async def test_redis_down_at_the_start_names_url_and_remedy(tmp_path) -> None:
     assert "redis_url" in caught.value.message
 
 
+async def test_a_password_is_not_told_and_a_bad_url_is() -> None:
+    assert without_password("redis://me:secret@host:1/0") == "redis://me:***@host:1/0"
+    assert without_password("redis://host:1") == "redis://host:1"
+    with pytest.raises(errors.InvalidArgument, match="redis_url = http://x"):
+        async with open_ledger("http://x"):
+            pass
+
+
 async def test_the_script_is_loaded_again_when_redis_lost_it(bench) -> None:
     await bench.ledger.link.client.script_flush()
     await bench.put(1)
@@ -131,6 +139,14 @@ async def test_a_waiting_gateway_is_woken_by_the_next_expiry(make_bench) -> None
         )
         found = await asyncio.wait_for(lease, SOON_S)
         assert [(x.prompt_id, x.attempt) for x in found.leases] == [(first.prompt_id, 2)]
+
+
+async def test_a_new_term_ends_the_waiting_of_the_old_one(bench) -> None:
+    waiting = asyncio.create_task(bench.lease_step(1, max_wait_s=60))
+    await _until_listening(bench.ledger.bell, bench.run_id)
+    await bench.ledger.steps.open_term(bench.run_id, consumer_id="trainer")
+    with pytest.raises(errors.StaleTerm):
+        await asyncio.wait_for(waiting, SOON_S)
 
 
 async def test_closing_answers_those_who_wait(bench) -> None:
