@@ -54,7 +54,8 @@ def launch(argv: Sequence[str], *, nproc: int) -> int:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-        command = [sys.executable, *torchrun, "-m", "milepost_trainer", *argv]
+        # Without the "--" torchrun takes flags of ours that look like its own.
+        command = [sys.executable, *torchrun, "-m", "--", "milepost_trainer", *argv]
         child = subprocess.Popen(command, env=environment)
 
         def pass_on(number: int, frame: FrameType | None) -> None:
