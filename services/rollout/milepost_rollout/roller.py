@@ -21,6 +21,7 @@ from milepost_rollout.capacity import Priority
 from milepost_rollout.draft import Draft
 from milepost_rollout.episode import EpisodeRunner
 from milepost_rollout.rewards.contract import Score
+from milepost_rollout.rewards.names import read_name
 from milepost_rollout.rewards.scorer import Scorer
 from milepost_rollout.sampler import SampleJob, Sampler
 from milepost_rollout.sampling import resolve
@@ -94,6 +95,7 @@ class GroupRoller:
           EnginesUnavailable: nobody could be asked.
         """
         _check_metadata(request.prompt)
+        self._check_reward(request)
         ids = self._encode(request.prompt)
         if self._episodes is None:
             self._sampler.check_prompt(ids)
@@ -103,6 +105,14 @@ class GroupRoller:
         for sample in samples:
             self._counters.sampled(sample)
         return tuple(samples)
+
+    def _check_reward(self, request: RollRequest) -> None:
+        reward = read_name(request.prompt.reward or request.reward)
+        if reward.reads_text and self._tokenizer is None:
+            raise InvalidArgument(
+                f"reward {reward.name!r} reads text, but the gateway has no tokenizer; set rollout.tokenizer",
+                reason="NO_TOKENIZER",
+            )
 
     def _encode(self, prompt: Prompt) -> Int32Array:
         if prompt.input_ids is not None:

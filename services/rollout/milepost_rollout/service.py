@@ -186,6 +186,12 @@ async def _gateway(parts: _Parts, roller: GroupRoller, scorer: Scorer) -> Gatewa
     settings = parts.settings
     if not (settings.buffer and settings.run_id):
         return None
+    if not settings.tokenizer:
+        raise InvalidArgument(
+            "rollout.tokenizer is not set; a gateway of a run needs it for prompts and rewards that are text: "
+            "name the model's folder",
+            reason="BAD_SETTING",
+        )
     return Gateway(
         await parts.own(BufferClient(settings.buffer)),
         roller=roller,

@@ -204,6 +204,21 @@ async def test_prompts_that_can_never_be_rolled_out(tokenizer: Tokenizer, prompt
         await s.roller.roll(request(prompt))
 
 
+async def test_without_a_tokenizer_text_is_refused_and_never_scored_as_empty(
+    setup: Setup, tokenizer: Tokenizer
+):
+    roller = GroupRoller(
+        sampler=setup.roller._sampler, scorer=setup.scorer, tokenizer=None, counters=setup.counters
+    )
+    ids = Prompt(prompt_id="p", input_ids=np.array([1, 2], np.int32))
+    with pytest.raises(InvalidArgument, match=r"reward 'exact' reads text.*rollout\.tokenizer"):
+        await roller.roll(request(ids))
+    with pytest.raises(InvalidArgument, match=r"it is text.*rollout\.tokenizer"):
+        await roller.roll(request(TEXT, reward=""))
+    (first, _) = await roller.roll(request(ids, reward="user_rewards:everything_is_one"))
+    assert first.reward == 1.0
+
+
 # ---------------------------------------------------------------------------------------------- streams
 
 

@@ -31,6 +31,11 @@ class RewardName:
     kind: Kind
     address: str = ""
 
+    @property
+    def reads_text(self) -> bool:
+        """It looks at nothing but the response's text, so without a tokenizer it would see none."""
+        return self.kind is Kind.INLINE or self.name == "math" or self.name.startswith("regex:")
+
 
 def read_name(name: str) -> RewardName:
     """Reads a reward's name; the empty one means that nothing is scored.
