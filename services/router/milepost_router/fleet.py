@@ -193,7 +193,7 @@ class Fleet:
         record.leaving, record.transaction = True, ""
         before, record.state = record.state, S.DEAD
         record.detail = "removed"
-        self._note(record, before)
+        self._changed(Transition(record, before, S.DEAD) if before is not S.DEAD else None)
         return True
 
     def drain(self, engine_id: str) -> EngineRecord:
@@ -225,7 +225,8 @@ class Fleet:
     def probe_ok(self, record: EngineRecord, text: str, *, generation: int, now: float) -> None:
         """It answered a probe and carries the version string `text`, read under `generation`."""
         record.last_seen, record.probe_failures = now, 0
-        if generation != record.generation or record.state is S.UPDATING:
+        removed = self._engines.get(record.engine_id) is not record
+        if removed or generation != record.generation or record.state is S.UPDATING:
             return
         was_suspect, record.suspect = record.suspect, False
         restarted = bool(record.version_string) and text != record.version_string

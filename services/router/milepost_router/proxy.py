@@ -139,9 +139,11 @@ class Proxy:
 
     async def _try_engines(self, passage: Passage, send: Send) -> None:
         tried: list[EngineRecord] = []
-        failures: list[str] = []
-        while True:
-            record = await self._engine_for(passage, tried, failures)
+        failures: list[UpstreamError] = []
+        while len(failures) <= self._settings.request_retries:
+            record = await self._engine_for(passage, tried)
+            if record is None:
+                break
             try:
                 await self._with_engine(passage, record, send)
                 return
@@ -151,24 +153,21 @@ class Proxy:
                 if passage.head_sent:
                     raise proxy_errors.stream_broke(f"{record.engine_id}: {error}") from error
                 tried.append(record)
-                failures.append(f"{record.engine_id}: {error}")
+                failures.append(error)
                 log.info("%s: attempt %d failed: %s", record.engine_id, len(tried), error)
-                if len(tried) > self._settings.request_retries:
-                    await self._give_up(failures, error, send)
-                    return
+        await self._give_up(tried, failures, send)
 
-    async def _give_up(self, failures: list[str], error: UpstreamError, send: Send) -> None:
+    async def _give_up(self, tried: list[EngineRecord], failures: list[UpstreamError], send: Send) -> None:
         """Passes on what the last engine said, or says what went wrong."""
-        if not isinstance(error, ServerError):
-            raise proxy_errors.engines_failed(failures) from error
-        passed = headers.with_length(_kept(error.reply.headers), len(error.body))
-        await send({"type": "http.response.start", "status": error.reply.status, "headers": passed})
-        await send({"type": "http.response.body", "body": error.body})
+        last = failures[-1]
+        if not isinstance(last, ServerError):
+            told = [f"{record.engine_id}: {why}" for record, why in zip(tried, failures, strict=True)]
+            raise proxy_errors.engines_failed(told) from last
+        await send(_start(last.reply.status, headers.with_length(_kept(last.reply.headers), len(last.body))))
+        await send({"type": "http.response.body", "body": last.body})
 
-    async def _engine_for(
-        self, passage: Passage, tried: list[EngineRecord], failures: list[str]
-    ) -> EngineRecord:
-        """An engine that fits; waits for one that is joining or being updated."""
+    async def _engine_for(self, passage: Passage, tried: list[EngineRecord]) -> EngineRecord | None:
+        """An engine that fits, maybe after a wait for one on its way; None: all that fit were tried."""
         ask = passage.request.ask
         give_up_at = asyncio.get_running_loop().time() + self._settings.admit_wait_s
         while True:
@@ -181,8 +180,8 @@ class Proxy:
             if passage.pin_lost:
                 raise proxy_errors.pinned_version_gone(ask.version)
             if left_s <= 0 or not routing.may_come([e for e in self._fleet if e not in tried], ask):
-                if failures:
-                    raise proxy_errors.engines_failed(failures)
+                if tried:
+                    return None
                 raise proxy_errors.no_engine_fits(ask.describe(), routing.describe_fleet(self._fleet, ask))
             passage.waiting = self._changed.waiter()
             await wait_for(passage.waiting, left_s)

@@ -105,11 +105,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def UpdateWeights(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
         """Takes bucket after bucket; the end of the stream is told to the transaction, however it ends."""
         names: set[str] = set()
-        properly = False
 
         def ended(_: Any) -> None:
             for name in names:
-                self._transactions.stream_ended(name, properly=properly)
+                self._transactions.stream_ended(name)
 
         context.add_done_callback(ended)
         async for message in request_iterator:
@@ -125,7 +124,6 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             yield to_proto(ack)
             if ack.group_broken:
                 return
-        properly = True
 
     async def CommitWeights(self, request: Any, context: Any) -> Any:
         """Closes a transaction."""

@@ -72,7 +72,7 @@ class RouterSettings(ServiceSettings, table="router"):
     """Deadline of one bucket on every member."""
     transaction_timeout_s: float = Field(default=120.0, gt=0, le=3600)
     """Deadline of a whole weight transaction that names none."""
-    commit_wait_s: float = Field(default=15.0, gt=0)
+    commit_wait_s: float = Field(default=10.0, gt=0)
     """How long a transaction whose buckets all arrived waits for its commit."""
     abort_grace_s: float = Field(default=2.0, ge=0)
     """How long requests that were aborted may take to hand over their partial tokens."""

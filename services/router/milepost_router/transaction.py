@@ -11,11 +11,11 @@ router's stop. All of them call `abort`, which interrupts a bucket under way and
 
 A member that fails is QUARANTINED alone and the others go on, where each has its own bytes (shm, disk).
 Where a collective carries them (gloo), one failure breaks the group for all: members whose process is gone
-are QUARANTINED, the others leave the group, and the trainer starts again with the next attempt.
+are QUARANTINED, the others leave it, and the trainer starts again with the next attempt.
 
-Order at the commit: sessions closed, weights read back (a synchronising call), checksums equal between engines
-of one layout, version strings set, version published in the ledger, engines resumed, fleet told. The ledger
-being away delays only the publication.
+Order at the commit: sessions closed, weights read back (a synchronising call), checksums equal between
+engines of one layout, version strings set, version published in the ledger, engines resumed, fleet told.
+While the ledger is away only the publication waits.
 
 State belongs to the transaction and is changed under its lock; members settle their engines in the fleet.
 """
@@ -140,8 +140,9 @@ class Transaction:
 
     @property
     def is_transferred(self) -> bool:
-        """Every tensor of its manifest was taken."""
-        return self.num_buckets > 0 and self._sent >= set(self.plan.manifest)
+        """Every tensor of its manifest was taken; a folder without a list of tensors is all of them."""
+        whole_folder = self.plan.request.transport is Transport.DISK and not self._sent
+        return self.num_buckets > 0 and (whole_folder or self._sent >= set(self.plan.manifest))
 
     @property
     def _live(self) -> list[Member]:
@@ -249,7 +250,10 @@ class Transaction:
             self._quarantine(member, str(fault))
 
     def _quarantine(self, member: Member, why: str) -> None:
+        ours = member.present
         member.fail(why)
+        if not ours:
+            return  # whoever listens there now is another one
         task = asyncio.create_task(member.clean_up(), name=f"clean up {member.engine_id}")
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
@@ -359,11 +363,10 @@ class Transaction:
     def _require_complete(self, num_buckets: int) -> None:
         if num_buckets != self.num_buckets:
             raise InvalidArgument(f"num_buckets = {num_buckets}, but {self.num_buckets} were taken")
-        missing = sorted(set(self.plan.manifest) - self._sent)
-        tensors_named = self._sent or self.plan.request.transport is not Transport.DISK
-        if missing and tensors_named:
+        if not self.is_transferred:
+            missing = sorted(set(self.plan.manifest) - self._sent)
             raise FailedPrecondition(
-                f"{len(missing)} tensors of the manifest were not sent, {missing[0]!r} among them; send them",
+                f"{len(missing)} tensors of the manifest were not sent: {missing[:3]}; send them all",
                 reason="INCOMPLETE",
             )
 

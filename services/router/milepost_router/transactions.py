@@ -7,8 +7,8 @@ Prepare: fence by term ──> end what is open ──> choose members ──> l
   attempt ends it.
 - Finished transactions are remembered for a while, so that Commit and Abort can be asked again.
 - An open transaction has a deadline, and renews the router's lease of its run; losing the lease aborts it.
-- A stream that ends leaves `commit_wait_s` for the commit where everything was transferred or the trainer
-  closed it properly; one that breaks off in mid-transfer aborts at once.
+- A stream that ends after everything was transferred leaves `commit_wait_s` for the commit; one that ends
+  before (a trainer that was killed, or gave up) aborts at once.
 
 This object owns the transactions and every task around them.
 """
@@ -114,8 +114,8 @@ class Transactions:
         highest = self._terms.get(run_id, 0)
         if term < highest:
             raise StaleTerm(
-                f"term = {term} of run {run_id!r} is over: term {highest} was seen; this trainer was replaced, "
-                "so it must stop",
+                f"term = {term} of run {run_id!r} is over: term {highest} was seen; this trainer was "
+                "replaced and must stop",
                 metadata={"term": str(highest)},
             )
         if term > highest:
@@ -230,15 +230,15 @@ class Transactions:
         self._require_term(transaction, term)
         return await self._own(transaction.abort(f"the trainer says: {reason or 'no reason given'}"))
 
-    def stream_ended(self, transaction_id: str, *, properly: bool) -> None:
-        """The trainer's stream of buckets is over."""
+    def stream_ended(self, transaction_id: str) -> None:
+        """The trainer's stream of buckets is over, however it ended."""
         transaction = self._all.get(transaction_id)
         if transaction is None or not transaction.is_open:
             return
-        if properly or transaction.is_transferred:
+        if transaction.is_transferred:
             self._spawn(self._await_commit(transaction))
         else:
-            self._spawn(transaction.abort("the trainer's stream broke off"))
+            self._spawn(transaction.abort("the trainer's stream ended before all tensors were sent"))
 
     def _require_term(self, transaction: Transaction, term: int) -> None:
         self._fence(transaction.plan.request.run_id, term)
