@@ -4,7 +4,7 @@
     Evaluate rpc  ------------------------------------------^
 
 Its samples go before those of training (`capacity.py`). A sample whose version went away before it was done
-counts as aborted: the mean is over what was scored, and says of how many.
+counts as aborted: the mean is over what was scored, and says of how many; over nothing it is NaN.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -32,6 +33,7 @@ from milepost_rollout.status import Counters
 log = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 300.0
+ATTEMPTS = 3
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -112,8 +114,12 @@ class Evaluator:
             weight_label=version.label,
             duration_s=time.monotonic() - started,
         )
-        self._counters.last_evaluation = evaluation
+        self.keep(evaluation)
         return evaluation
+
+    def keep(self, evaluation: Evaluation) -> None:
+        """Makes it the evaluation that GetStatus shows."""
+        self._counters.last_evaluation = evaluation
 
     async def _version(self, run_id: str, version: int) -> WeightVersion:
         if self._versions is None or not run_id:
@@ -179,7 +185,7 @@ def summarise(outcomes: Sequence[Sample | str], *, num_requested: int) -> Evalua
     count = len(scored) or 1
     return Evaluation(
         weight_version=min(versions, default=0),
-        reward_mean=sum(s.reward for s in scored) / count,
+        reward_mean=sum(s.reward for s in scored) / count if scored else math.nan,
         num_scored=len(scored),
         num_requested=num_requested,
         failures=dict(failures),
@@ -249,9 +255,8 @@ class PeriodicEvaluation:
 
     async def _evaluate(self, version: WeightVersion) -> None:
         try:
-            evaluation = await self._evaluator.evaluate(
-                replace(self._request, weight_version=version.version)
-            )
+            evaluation = await self._best_of_newest(version)
+            self._evaluator.keep(evaluation)
             await asyncio.to_thread(append_result, self._results, self._run_id, evaluation)
         except (MilepostError, OSError) as error:
             log.error("the evaluation of version %d failed: %s", version.version, error)
@@ -265,11 +270,27 @@ class PeriodicEvaluation:
             evaluation.num_requested,
         )
 
+    async def _best_of_newest(self, version: WeightVersion) -> Evaluation:
+        """Evaluates `version`; where it went away meanwhile, the newest one, and keeps the fullest result."""
+        best: Evaluation | None = None
+        for _ in range(ATTEMPTS):
+            request = replace(self._request, weight_version=version.version)
+            evaluation = await self._evaluator.evaluate(request)
+            if best is None or evaluation.num_scored > best.num_scored:
+                best = evaluation
+            newest = self._newest or version
+            if not evaluation.failures.get("aborted") or newest.version == version.version:
+                break
+            version = newest
+        assert best is not None
+        return best
+
 
 def append_result(path: Path, run_id: str, evaluation: Evaluation) -> None:
     """Appends one line to the results; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": time.time(), "run_id": run_id, **asdict(evaluation)})
+    row = {"time": time.time(), "run_id": run_id, **asdict(evaluation)}
+    line = json.dumps(row | {"reward_mean": evaluation.reward_mean if evaluation.num_scored else None})
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 

@@ -53,7 +53,7 @@ class SamplerSettings:
     timeout_s: float = 600.0
     attempts: int = 3
     keep_partial: bool = True
-    pinned_wait_s: float = 2.0
+    pinned_wait_s: float = 0.5
     backoff: BackoffPolicy = ENGINE_BACKOFF
 
 

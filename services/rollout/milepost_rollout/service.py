@@ -150,9 +150,7 @@ async def _roller(parts: _Parts, scorer: Scorer) -> GroupRoller:
         parts.background.append(fleet.run)
     sampler = Sampler(
         client,
-        slots=SampleSlots(
-            settings.max_concurrent_samples, evaluation_limit=settings.evaluate.max_concurrent_samples
-        ),
+        slots=SampleSlots(settings.max_concurrent_samples, evaluation_limit=_evaluation_limit(settings)),
         settings=SamplerSettings(
             timeout_s=settings.sample_timeout_s,
             attempts=settings.engine_attempts,
@@ -166,6 +164,10 @@ async def _roller(parts: _Parts, scorer: Scorer) -> GroupRoller:
     return GroupRoller(
         sampler=sampler, scorer=scorer, tokenizer=tokenizer, counters=parts.counters, episodes=episodes
     )
+
+
+def _evaluation_limit(settings: RolloutSettings) -> int:
+    return settings.evaluate.max_concurrent_samples or max(1, settings.max_concurrent_samples // 2)
 
 
 async def _episodes(parts: _Parts, sampler: Sampler, tokenizer: Tokenizer | None) -> EpisodeRunner:
@@ -188,7 +190,7 @@ async def _gateway(parts: _Parts, roller: GroupRoller, scorer: Scorer) -> Gatewa
         return None
     if not settings.tokenizer:
         raise InvalidArgument(
-            "rollout.tokenizer is not set; a gateway of a run needs it for prompts and rewards that are text: "
+            "rollout.tokenizer is not set; a gateway of a run needs it for prompts and rewards of text: "
             "name the model's folder",
             reason="BAD_SETTING",
         )

@@ -20,8 +20,9 @@ class EvaluateSettings(Table):
     """Sampling temperature; 0 is greedy."""
     reward: str = ""
     """Reward of prompts that name none. Empty: the run's."""
-    max_concurrent_samples: int = Field(128, ge=1)
-    """Most samples of evaluations at the engines at once; they go before those of training."""
+    max_concurrent_samples: int = Field(0, ge=0)
+    """Most samples of evaluations at the engines at once; they go before those of training. 0: half of
+    rollout.max_concurrent_samples."""
     timeout_s: float = Field(300.0, gt=0)
     """Give an evaluation up after this long."""
     results: str = "runs/{run_id}/eval.jsonl"

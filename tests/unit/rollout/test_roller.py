@@ -357,6 +357,7 @@ async def test_samples_whose_version_went_away_are_counted_as_aborted(setup: Set
     result = await evaluator(setup, versions).evaluate(EvaluationRequest(prompts=held, samples_per_prompt=2))
     assert result.failures == {"aborted": 2, "invalid": 2}
     assert (result.num_scored, result.num_requested) == (0, 4)
+    assert result.reward_mean != result.reward_mean, "no mean of nothing"
 
 
 async def test_an_evaluation_ends_in_time(setup: Setup):
@@ -415,6 +416,41 @@ async def test_every_n_steps_the_newest_version_is_evaluated(setup: Setup, tmp_p
     assert [line["weight_label"] for line in lines] == [0, 12, 20]
     assert [line["weight_version"] for line in lines] == [1, 13, 21]
     assert all(line["reward_mean"] == 1.0 and line["run_id"] == "r" for line in lines)
+
+
+async def test_a_version_that_went_away_is_followed_by_the_newest(setup: Setup, tmp_path: Path):
+    versions = FakeVersions()
+    results = tmp_path / "eval.jsonl"
+    evaluating = evaluator(setup, versions, prompts=[TEXT])
+    periodic = PeriodicEvaluation(
+        evaluating,
+        versions=versions,
+        run_id="r",
+        every_steps=10,
+        request=EvaluationRequest(),
+        results=results,
+    )
+    setup.model.gate.clear()
+    task = asyncio.create_task(periodic.run())
+    try:
+        async with asyncio.timeout(10):
+            await versions.publish(1, 0)
+            while not setup.model.asked:
+                await asyncio.sleep(0.005)
+            await versions.publish(2, 1)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            setup.model.version = 2
+            setup.model.gate.set()
+            while not results.exists() or not results.read_text().endswith("\n"):
+                await asyncio.sleep(0.005)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    (line,) = (json.loads(x) for x in results.read_text().splitlines())
+    assert (line["weight_version"], line["num_scored"], line["reward_mean"]) == (2, 1, 1.0)
+    assert setup.counters.last_evaluation is not None
+    assert setup.counters.last_evaluation.weight_version == 2
 
 
 def test_held_out_prompts_do_not_shrink_in_silence(tmp_path: Path):
