@@ -12,7 +12,7 @@ REWARD = '''
 
 
 async def evens(sample):
-    return sum(c in "02468" for c in sample.text) / max(1, len(sample.text))
+    return sum(c in "02468" for c in sample.response) / max(1, len(sample.response))
 '''
 
 
