@@ -13,6 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+from milepost import BufferClient
+from milepost_common.up.readiness import parse_readiness
+
 DEADLINE_S = 30.0
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
@@ -68,3 +71,45 @@ def milepost(start: Start) -> Start:
         return await start(sys.executable, "-m", "milepost.cli", *args, **options)
 
     return run
+
+
+class Buffer:
+    """A real buffer with its embedded Redis, which can be killed and started again on its port."""
+
+    def __init__(self, start: Start, data_dir: Path) -> None:
+        self._start, self.data_dir = start, data_dir
+        self.address, self._process = "127.0.0.1:0", None
+
+    async def start(self) -> None:
+        """Starts it and waits for its readiness line."""
+        flags = ["--listen", self.address, "--data_dir", str(self.data_dir)]
+        log = (self.data_dir.parent / "buffer.log").open("ab")
+        with log:
+            process = await self._start(
+                sys.executable, "-m", "milepost_buffer", "serve", *flags, stderr=log, start_new_session=True
+            )
+        line = await asyncio.wait_for(process.stdout.readline(), DEADLINE_S)
+        self._process = process
+        self.address = parse_readiness(line.decode())["grpc"]
+
+    async def kill(self) -> None:
+        """Ends it and its Redis at once."""
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        self._process.kill()
+        await self._process.communicate()
+        for child in children:
+            if child.is_running():
+                child.kill()
+        await until(lambda: not any(alive(c.pid) for c in children), what="Redis ends")
+
+    def client(self) -> BufferClient:
+        """A client of it."""
+        return BufferClient(self.address)
+
+
+@pytest.fixture
+async def buffer(start: Start, tmp_path: Path) -> Buffer:
+    """A running buffer."""
+    buffer = Buffer(start, tmp_path / "redis")
+    await buffer.start()
+    return buffer

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milepost_common.catalogue import given_keys, settings_class
+from milepost_common.catalogue import effective, given_keys, settings_class
 from milepost_common.settings import ServiceSettings, load
 from milepost_common.up.settings import UpSettings
 from milepost_common.up.spec import Addresses, ChildSpec
@@ -87,8 +87,9 @@ class _Planner:
 
     def _engine(self, index: int) -> ChildSpec:
         name = f"engine-{index}"
-        service = self._service("engine")
-        fixed = service.known("engine_id", name) + service.known("run_id", self._run_id)
+        model = self._unless_given("engine", "model", self._value("trainer", "model_dir"))
+        service = self._service("engine", *model)
+        fixed = model + service.known("engine_id", name) + service.known("run_id", self._run_id)
         base = int(getattr(service.values, "port", 0))
 
         def flags(at: Addresses) -> list[str]:
@@ -109,7 +110,9 @@ class _Planner:
 
     def _rollout(self) -> ChildSpec:
         service = self._service("rollout")
+        model = self._value("engine", "model") or self._value("trainer", "model_dir")
         fixed = service.default("run_id", self._run_id)
+        fixed += service.default("tokenizer", model) if model else []
         fixed += service.default("evaluate.results", str(self._run_dir / "eval.jsonl"))
 
         def flags(at: Addresses) -> list[str]:
@@ -138,14 +141,8 @@ class _Planner:
 
         def command(at: Addresses) -> list[str]:
             flags = ["--run", self._run_id, "--buffer", at["buffer"]["grpc"], "--acknowledged", acknowledged]
-            flags += [
-                "--epochs",
-                str(self._up.feed_epochs),
-                "--wait-s",
-                _FOR_EVER_S,
-                "--retry-s",
-                _FOR_EVER_S,
-            ]
+            flags += ["--epochs", str(self._up.feed_epochs)]
+            flags += ["--wait-s", _FOR_EVER_S, "--retry-s", _FOR_EVER_S, "--stall-s", _FOR_EVER_S]
             flags += ["--source", self._up.feed_source] if self._up.feed_source else []
             return [sys.executable, "-m", "milepost.cli", "feed", self._up.feed, *flags]
 
@@ -161,10 +158,18 @@ class _Planner:
 
     # ------------------------------------------------------------------ parts
 
-    def _service(self, service: str) -> _Service:
+    def _service(self, service: str, *flags: str) -> _Service:
         kind = settings_class(service)
         given = given_keys(kind, self._argv, environ=self._environ)
-        return _Service(kind, load(kind, self._argv, environ=self._environ), given)
+        return _Service(kind, load(kind, [*self._argv, *flags], environ=self._environ), given)
+
+    def _value(self, service: str, key: str) -> str:
+        """A setting of another service, if somebody set it."""
+        rows = effective(settings_class(service), self._argv, environ=self._environ)
+        return next((str(r.value) for r in rows if r.key == f"{service}.{key}" and r.origin != "default"), "")
+
+    def _unless_given(self, service: str, key: str, value: str) -> list[str]:
+        return [f"--{key}", value] if value and not self._value(service, key) else []
 
     def _spec(
         self,
