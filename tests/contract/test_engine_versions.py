@@ -1,4 +1,4 @@
-"""Conformance: what surrounds weight updates: flushes, requests in flight, versions, spans, sessions, checks."""
+"""Conformance: what surrounds weight updates: flushes, live requests, versions, spans, sessions, checks."""
 
 from __future__ import annotations
 
