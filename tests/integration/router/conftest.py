@@ -441,11 +441,8 @@ class Publisher:
             for index, part in enumerate(parts):
                 yield self.header(prepared, index, part, transport)
                 if transport is t.Transport.GLOO:
-                    assert self.gloo is not None
-                    flat = torch.frombuffer(bytearray(flat_bytes(part)), dtype=torch.uint8)
-                    bucket: Any = type("Bucket", (), {"size_bytes": flat.numel(), "index": index})
                     with contextlib.suppress(errors.Unavailable):  # the router says who broke the group
-                        await self.gloo.send(bucket, flat, timeout_s=20.0)
+                        await self.broadcast(index, part)
                 if not all(a.ok for a in (await acks.get()).acks):
                     return
 
@@ -454,6 +451,13 @@ class Publisher:
             got.append(ack)
             acks.put_nowait(ack)
         return got
+
+    async def broadcast(self, index: int, part: dict[str, torch.Tensor]) -> None:
+        """Sends one bucket's bytes to the group."""
+        assert self.gloo is not None
+        flat = torch.frombuffer(bytearray(flat_bytes(part)), dtype=torch.uint8)
+        bucket: Any = type("Bucket", (), {"size_bytes": flat.numel(), "index": index})
+        await self.gloo.send(bucket, flat, timeout_s=20.0)
 
     async def commit(self, prepared: t.Prepared, num_buckets: int) -> t.Committed:
         """Commits."""
