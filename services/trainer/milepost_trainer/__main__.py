@@ -5,6 +5,7 @@ Settings are read before torch is imported, so that a wrong one is refused at on
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,11 @@ def main(argv: Sequence[str]) -> int:
     if settings.nproc > 1 and not is_rank():
         return launch(argv, nproc=settings.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
-    code = _serve(settings) if argv[0] == "serve" else _sft(settings)
+    try:
+        code = _serve(settings) if argv[0] == "serve" else _sft(settings)
+    except Exception:
+        logging.getLogger(__name__).exception("the trainer failed")
+        code = 1
     leave_status(code)
     return code
 

@@ -151,7 +151,7 @@ class StepLoop:
                 step = self._state.step + 1
                 self._clock = _Clock()
                 lease = await self._await_lease(step)
-                if lease is None:
+                if lease is None or not await self._may_start():
                     break
                 await self._train(step, lease)
         except OutOfRange:
@@ -177,7 +177,8 @@ class StepLoop:
         task = self._begin_lease(step)
         with self._clock.timing("wait"):
             while not task.done():
-                self._state.enter("waiting", f"the groups of step {step}")
+                phase = "paused" if self._state.paused else "waiting"
+                self._state.enter(phase, f"the groups of step {step}")
                 if await self._tend(task):
                     return None
         del self._leases[step]

@@ -135,12 +135,22 @@ async def _lead(settings: TrainerSettings, rank: Rank, stack: AsyncExitStack, st
     server.add(trainer_pb2_grpc.add_TrainerServiceServicer_to_server, TrainerServicer(state), SERVICE)
     async with server:
         await server.start()
-        await _beside(_run(loop, server.address), [publisher.watch(), crew.keep_alive()])
+        await _beside(_run(loop, server.address, stop), [publisher.watch(), crew.keep_alive()])
         await crew.call("stop")
 
 
-async def _run(loop: StepLoop, address: str) -> None:
-    await loop.resume()
+async def _run(loop: StepLoop, address: str, stop: asyncio.Event) -> None:
+    """Resume, say so, and train; a stop ends it also while the buffer is away."""
+    resuming, stopped = asyncio.create_task(loop.resume()), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([resuming, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if not resuming.done():
+            return
+        resuming.result()
+    finally:
+        resuming.cancel()
+        stopped.cancel()
+        await asyncio.gather(resuming, stopped, return_exceptions=True)
     announce("trainer", grpc=address)
     await loop.run()
 

@@ -65,7 +65,7 @@ async def test_killed_stopped_and_finished(stack: Any, wait_until: Any, rolling:
         assert (await buffer.get_run(stack.run_id)).weight_label == 5
 
         trainer = stack.start_trainer("--publish.transport", "disk")
-        await trainer.ready()
+        address = await trainer.grpc()
         engines.append(stack.start_engine("late"))
         await stack.feed(buffer, first=22, count=14)
         await wait_until("step 8", lambda: reached(8), hint=trainer.tail)
@@ -91,22 +91,40 @@ async def test_killed_stopped_and_finished(stack: Any, wait_until: Any, rolling:
 
         await wait_until("both engines serve the newest weights", all_serve, hint=trainer.tail)
 
+        # Paused, it trains nothing, but saves when asked.
+        async with TrainerClient(address) as client:
+            at = await client.pause_training()
+            saved = await client.save_checkpoint(max_wait_s=30)
+            assert saved.step == at
+            assert Path(saved.path).name.startswith(f"step_{at:08d}.term_")
+            await stack.feed(buffer, first=36, count=4)
+
+            async def ready() -> bool:
+                (stats,) = await buffer.get_stats(stack.run_id)
+                return stats.ready + stats.assigned >= 4
+
+            await wait_until("a whole step is there", ready, hint=trainer.tail)
+            status = await client.get_trainer_status()
+            assert (status.phase, status.step) == ("paused", at)
+            await client.resume_training()
+            await wait_until("one more step", lambda: reached(at + 1), hint=trainer.tail)
+
         # SIGTERM: a checkpoint of the newest step, exit 0.
         trainer.process.send_signal(signal.SIGTERM)
         assert await trainer.exit_code() == 0, trainer.tail()
         newest = max(int(p.name[5:13]) for p in stack.checkpoints.glob("step_*"))
-        assert newest == await stack.committed(buffer) >= 8
+        assert newest == await stack.committed(buffer) >= 9
 
         # The rest, down to a last short step; the run finishes by itself.
         trainer = stack.start_trainer("--publish.transport", "shm")
         await trainer.ready()
-        await stack.feed(buffer, first=36, count=2, close=True)
+        await stack.feed(buffer, first=40, count=2, close=True)
         assert await trainer.exit_code() == 0, trainer.tail()
         run = await buffer.get_run(stack.run_id)
-        assert (run.committed_step, run.weight_label, run.finished) == (10, 10, True)
+        assert (run.committed_step, run.weight_label, run.finished) == (11, 11, True)
         audit = await buffer.audit_ledger(stack.run_id, witnesses=[witness(stack)])
         assert audit.closes, audit.problems
-        assert (audit.accepted, audit.trained) == (38, 38)
+        assert (audit.accepted, audit.trained) == (42, 42)
         export = stack.checkpoints / "final"
         for url in urls.values():
             await assert_engine_holds(stack, url, export)
