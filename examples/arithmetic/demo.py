@@ -218,7 +218,7 @@ def plot(path: Path) -> None:
 def main() -> int:
     """Command line; fails when the model has not learned or the audit does not close."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=960, help="prompts fed, 32 a step")
+    parser.add_argument("--prompts", type=int, default=2560, help="prompts fed, 32 a step")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

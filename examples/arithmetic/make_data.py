@@ -78,9 +78,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo/data"))
-    parser.add_argument("--train", type=int, default=1280, help="prompts for GRPO")
+    parser.add_argument("--train", type=int, default=2560, help="prompts for GRPO")
     parser.add_argument("--held-out", type=int, default=256, help="prompts that are never trained on")
-    parser.add_argument("--warm-start", type=int, default=19200, help="examples from the teacher")
+    parser.add_argument("--warm-start", type=int, default=76800, help="examples from the teacher")
     parser.add_argument("--teacher", type=float, default=0.3, help="how often the teacher is right, 0 to 1")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

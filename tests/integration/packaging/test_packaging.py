@@ -21,13 +21,13 @@ FOLDERS = {
     "milepost_engine": "services/rollout",
 }
 
-# Imports every module of a package, then says which heavy libraries came in.
+# Imports every module of a package, then says which heavy libraries came in. The live view needs extra `cli`.
 PROBE = """
 import importlib, importlib.util, pkgutil, sys
 for name in sys.argv[1:]:
     package = importlib.import_module(name)
     for module in pkgutil.walk_packages(package.__path__, name + "."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith(("__main__", "cli.watch_view")):
             importlib.import_module(module.name)
 print(",".join(sorted(m for m in ("torch", "redis", "transformers") if importlib.util.find_spec(m))))
 """
