@@ -62,7 +62,8 @@ def _section(table: str, settings: list[Setting]) -> str:
 
 
 def _row(s: Setting) -> str:
-    return f"| `{s.key.rpartition('.')[2]}` | {_escape(s.type)} | {_code(s.default)} | {_escape(s.description)} |"
+    cells = (f"`{s.key.rpartition('.')[2]}`", _escape(s.type), _code(s.default), _escape(s.description))
+    return f"| {' | '.join(cells)} |"
 
 
 def _code(default: str) -> str:

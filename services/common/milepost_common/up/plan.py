@@ -65,12 +65,11 @@ class _Planner:
         self._argv = ["--config", config] if config else []
 
     def specs(self) -> list[ChildSpec]:
+        trainer = [self._trainer()] if self._up.trainer else []  # first: it names the model of the others
         specs = [self._buffer(), self._router()]
         specs += [self._engine(i) for i in range(self._up.engines)]
         specs += [self._rollout()] if self._up.rollout else []
-        specs += [self._trainer()] if self._up.trainer else []
-        specs += [self._feed()] if self._up.feed else []
-        return specs
+        return [*specs, *trainer, *([self._feed()] if self._up.feed else [])]
 
     def _buffer(self) -> ChildSpec:
         service = self._service("buffer")
