@@ -11,6 +11,8 @@ The deadline stands still while the engine that has the request is paused by us 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import MutableMapping
+from typing import Any
 
 from milepost.errors import Cancelled, MilepostError
 from milepost_router.headers import Request
@@ -49,6 +51,7 @@ class Passage:
         self.streams_events = False
         self.version_start = 0
         self.waiting: Waiter | None = None
+        self._closed = False
         self._connection: Connection | None = None
         self._deadline_s = deadline_s
         self._loop = asyncio.get_running_loop()
@@ -83,9 +86,12 @@ class Passage:
             paused_s += self.record.paused_s(now) - self._paused_at_start
         return self._deadline_s - (now - self._started) + paused_s
 
-    def client_left(self, _: object = None) -> None:
-        """The client closed its connection."""
-        self._end(Cancelled("the client closed the connection"))
+    def client_spoke(self, heard: asyncio.Future[MutableMapping[str, Any]]) -> None:
+        """The client did something after its request: it closed its connection."""
+        if self._closed:
+            return
+        if heard.cancelled() or heard.exception() or heard.result()["type"] == "http.disconnect":
+            self._end(Cancelled("the client closed the connection"))
 
     def take_away(self, why: str) -> None:
         """Takes it from its engine; another one may have it if no byte of a reply was passed on."""
@@ -94,6 +100,7 @@ class Passage:
 
     def close(self) -> None:
         """It is answered: nothing can end it any more."""
+        self._closed = True
         self._timer.cancel()
         self._connection = None
 

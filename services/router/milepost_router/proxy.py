@@ -112,14 +112,12 @@ class Proxy:
         target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
         deadline_s = request.deadline_s or self._settings.request_timeout_s
         passage = Passage(request, scope["method"], target, body, deadline_s=deadline_s)
-        watcher: asyncio.Future[Any] = asyncio.ensure_future(receive())
-        watcher.add_done_callback(passage.client_left)
+        watcher: asyncio.Future[MutableMapping[str, Any]] = asyncio.ensure_future(receive())
+        watcher.add_done_callback(passage.client_spoke)
         try:
             await self._serve(passage, send)
         finally:
-            passage.close()
-            watcher.remove_done_callback(passage.client_left)
-            watcher.cancel()
+            passage.close()  # the watcher ends by itself: a request that is answered has no client any more
 
     # ------------------------------------------------------------------------------------ one request
 
