@@ -35,7 +35,7 @@ def start_stack(tmp_path: Path, model: Path) -> Iterator[StartStack]:
         config = write_config(run_dir, model, **changes)
         with (run_dir / "up.log").open("wb") as log:
             process = subprocess.Popen(
-                [MILEPOST, "up", "--config", str(config), *flags], stdout=log, stderr=log, cwd=run_dir
+                [MILEPOST, "up", "--config", str(config), "--ports", "free", *flags], stdout=log, stderr=log, cwd=run_dir
             )
         started.append(Stack(run_id=name, run_dir=run_dir, process=process))
         return started[-1]

@@ -74,7 +74,7 @@ def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
         ("", ["milepost"], ""),
         ("buffer", ["milepost", "milepost_buffer"], "redis"),
         ("router", ["milepost", "milepost_router"], ""),
-        ("rollout", ["milepost", "milepost_rollout"], "transformers"),
+        ("rollout", ["milepost", "milepost_rollout"], ""),
     ],
     ids=["base", "buffer", "router", "rollout"],
 )
