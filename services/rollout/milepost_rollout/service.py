@@ -47,6 +47,8 @@ from milepost_rollout.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+FAILED, BAD_SETTINGS = 1, 2
+
 SERVICE = "milepost.v1.RolloutService"
 C = TypeVar("C", bound=ServiceClient)
 
@@ -58,7 +60,7 @@ async def serve(settings: RolloutSettings, stop: asyncio.Event) -> int:
             await _run(settings, stack, stop)
     except MilepostError as error:
         log.error("%s", error)
-        return 1
+        return BAD_SETTINGS if isinstance(error, InvalidArgument) and error.reason == "BAD_SETTING" else FAILED
     return 0
 
 
