@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
 
 from milepost_common.settings import ServiceSettings, Table
 from milepost_router.fleet import FleetLimits
@@ -33,7 +36,7 @@ class RouterSettings(ServiceSettings, table="router"):
     """Address of the HTTP side as others reach it. Unset: `http_listen`."""
     buffer: str = "127.0.0.1:7101"
     """Address of the buffer, which keeps the weight versions. Empty: engines serve unversioned weights."""
-    engines: tuple[EngineSettings | str, ...] = ()
+    engines: Annotated[tuple[EngineSettings | str, ...], NoDecode] = ()
     """Engines known beforehand, as URLs or tables; others register themselves."""
     admin_api_key: str = Field(default="", repr=False)
     """Key of the engines' admin routes, where they do not register with their own."""

@@ -1,0 +1,74 @@
+"""The deadline of a request, and what stops its clock."""
+
+from __future__ import annotations
+
+import asyncio
+
+from milepost import errors
+from milepost_router import headers
+from milepost_router.passage import Passage
+from milepost_router.record import EngineRecord
+
+
+def passage(deadline_s: float) -> Passage:
+    return Passage(headers.read([]), "POST", b"/generate", b"", deadline_s=deadline_s)
+
+
+async def over(made: Passage) -> None:
+    async with asyncio.timeout(10):
+        while made.over is None:  # noqa: ASYNC110 (its timer is what is tested)
+            await asyncio.sleep(0.005)
+
+
+async def test_a_deadline_passes():
+    made = passage(0.05)
+    await over(made)
+    assert isinstance(made.over, errors.DeadlineExceeded)
+
+
+async def test_the_clock_stands_still_while_its_engine_is_paused_by_us():
+    loop = asyncio.get_running_loop()
+    record = EngineRecord("a", "http://a")
+    made = passage(0.1)
+    made.given_to(record)
+    record.paused_since = loop.time()
+    until = loop.time() + 0.4
+    while loop.time() < until:
+        await asyncio.sleep(0.01)
+        assert made.over is None
+    assert made.remaining_s() > 0.05
+    record.paused_total, record.paused_since = loop.time() - record.paused_since, None
+    await over(made)
+
+
+async def test_pauses_before_it_came_and_of_engines_it_left_are_told_apart():
+    loop = asyncio.get_running_loop()
+    record = EngineRecord("a", "http://a", paused_total=100.0)
+    made = passage(5.0)
+    made.given_to(record)
+    assert made.remaining_s() < 5.1
+    record.paused_total += 50.0
+    made.taken_back()
+    record.paused_total += 1000.0
+    assert 54.0 < made.remaining_s() < 56.0
+    made.close()
+    assert loop.time() > 0
+
+
+async def test_what_ends_a_request_first_is_what_it_is_told():
+    made = passage(0.02)
+    gone: asyncio.Future = asyncio.get_running_loop().create_future()
+    gone.set_result({"type": "http.disconnect"})
+    made.client_spoke(gone)
+    await asyncio.sleep(0.05)
+    assert isinstance(made.over, errors.Cancelled)
+
+
+async def test_an_answered_request_is_never_ended():
+    made = passage(0.01)
+    made.close()
+    gone: asyncio.Future = asyncio.get_running_loop().create_future()
+    gone.set_result({"type": "http.disconnect"})
+    made.client_spoke(gone)
+    await asyncio.sleep(0.03)
+    assert made.over is None

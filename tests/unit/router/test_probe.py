@@ -1,0 +1,172 @@
+"""What probes make of engines: well, silent, rubbish, half updated."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from milepost import types as t
+from milepost.types import EngineState, Transport
+from milepost_router import probe
+from milepost_router.engine_api import EngineApi
+from milepost_router.fleet import Fleet, FleetLimits
+from milepost_router.probe import Prober
+from milepost_router.upstream import Pool
+
+
+class Judge:
+    """A ledger that answers as it is told, when it is told to."""
+
+    def __init__(self, why_not: str = "") -> None:
+        self.why_not = why_not
+        self.asked: list[Any] = []
+        self.answer = asyncio.Event()
+        self.answer.set()
+
+    async def judge(self, loaded: Any, members: tuple[str, ...]) -> str:
+        self.asked.append((str(loaded), members))
+        await self.answer.wait()
+        return self.why_not
+
+
+class Watch:
+    """One fake engine, probed."""
+
+    def __init__(self, fake: Any, judge: Judge | None) -> None:
+        self.fleet = Fleet(unversioned=judge is None, limits=FleetLimits(probe_failures=2))
+        self.pool = Pool()
+        ledger: Any = judge
+        self.prober = Prober(
+            self.fleet,
+            self.pool,
+            lambda record: EngineApi(self.pool, record, timeout_s=0.3),
+            ledger=ledger,
+            interval_s=0.02,
+            timeout_s=0.3,
+        )
+        self.record = self.fleet.join(t.Engine(engine_id=fake.name, url=fake.url), now=0.0)
+
+    async def __aenter__(self) -> Watch:
+        self.prober.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.prober.close()
+        self.pool.close()
+
+    async def until(self, state: EngineState, says: str = "") -> None:
+        async with asyncio.timeout(10):
+            while self.record.state is not state or says not in self.record.detail:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+
+async def test_proven_weights_are_resumed_and_served(fake_engine):
+    fake = await fake_engine("a")
+    fake.version_string, fake.paused = "run/3/2", True
+    judge = Judge()
+    async with Watch(fake, judge) as watch:
+        await watch.until(EngineState.SERVING)
+        assert (watch.record.version, watch.record.label, watch.record.run_id) == (3, 2, "run")
+        assert judge.asked[0] == ("run/3/2", ("a",))
+        assert not fake.paused, "the router that paused it may be gone"
+        assert watch.record.capabilities.engine == "milepost 0.5.21"
+
+
+async def test_weights_that_are_not_proven_are_not_served_and_the_reason_is_told(fake_engine):
+    fake = await fake_engine("a")
+    fake.version_string = "run/3/2"
+    judge = Judge("the ledger knows better")
+    async with Watch(fake, judge) as watch:
+        await watch.until(EngineState.STALE, "the ledger knows better")
+        judge.why_not = ""
+        await watch.until(EngineState.SERVING)
+
+
+async def test_a_proof_that_comes_too_late_proves_nothing(fake_engine):
+    fake = await fake_engine("a")
+    fake.version_string = "run/3/2"
+    judge = Judge()
+    judge.answer.clear()
+    async with Watch(fake, judge) as watch:
+        async with asyncio.timeout(10):
+            while not judge.asked:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        watch.fleet.reserve(watch.record, "tx", run_id="run")
+        judge.answer.set()
+        await asyncio.gather(*watch.prober._looks.values())
+        assert watch.record.state is EngineState.STALE
+        assert watch.record.transaction == "tx"
+
+
+async def test_an_engine_left_in_mid_update_has_its_requests_ended(fake_engine):
+    fake = await fake_engine("a")
+    fake.version_string, fake.paused = "updating/run/1/2/1", True
+    async with Watch(fake, Judge()) as watch:
+        await watch.until(EngineState.STALE, "never finished")
+        await fake.called("continue_generation")
+        assert fake.calls == ["abort_request", "continue_generation"]
+        assert not fake.paused
+
+
+async def test_without_a_ledger_weights_have_no_version(fake_engine):
+    fake = await fake_engine("a")
+    async with Watch(fake, None) as watch:
+        await watch.until(EngineState.SERVING)
+        assert watch.record.version == 0
+        assert fake.calls == []
+
+
+@pytest.mark.parametrize("fault", ["break_down", "talk_rubbish", "hang", "hang_up", "refuse"])
+async def test_an_engine_that_does_not_answer_well_is_dead_until_it_does(fake_engine, fault):
+    fake = await fake_engine("a")
+    async with Watch(fake, None) as watch:
+        await watch.until(EngineState.SERVING)
+        getattr(fake, fault)("model_info")
+        await watch.until(EngineState.DEAD, "probes failed: a: GET /model_info")
+        fake.reactions.clear()
+        await watch.until(EngineState.SERVING)
+
+
+async def test_a_version_that_is_no_string_is_rubbish(fake_engine):
+    fake = await fake_engine("a")
+    fake.version_string = 7
+    async with Watch(fake, None) as watch:
+        await watch.until(EngineState.DEAD, "weight_version = 7 is no string")
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        (
+            {"version": "0.5.17", "tp_size": 4, "context_length": 4096},
+            t.EngineCapabilities(
+                engine="sglang 0.5.17",
+                checksum=True,
+                transports=(Transport.NCCL, Transport.CUDA_IPC, Transport.DISK),
+                tensor_parallel_size=4,
+                context_length=4096,
+            ),
+        ),
+        (
+            {"version": "0.5.21.post1", "engine": "milepost_engine", "context_length": None},
+            t.EngineCapabilities(
+                engine="milepost 0.5.21.post1",
+                update_session=True,
+                version_spans=True,
+                checksum=True,
+                transports=(Transport.GLOO, Transport.SHM, Transport.DISK),
+            ),
+        ),
+        ({"version": 5, "tp_size": "x"}, None),
+        ({}, None),
+    ],
+)
+def test_what_an_engine_can_do_is_told_by_its_release(info, expected):
+    found = probe.capabilities_of(info)
+    if expected is None:
+        assert not found.update_session or info.get("version") == 5
+        assert found.tensor_parallel_size == 1
+    else:
+        assert found == expected
