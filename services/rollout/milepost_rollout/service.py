@@ -60,7 +60,7 @@ async def serve(settings: RolloutSettings, stop: asyncio.Event) -> int:
             await _run(settings, stack, stop)
     except MilepostError as error:
         log.error("%s", error)
-        return BAD_SETTINGS if isinstance(error, InvalidArgument) and error.reason == "BAD_SETTING" else FAILED
+        return BAD_SETTINGS if error.reason == "BAD_SETTING" else FAILED
     return 0
 
 
