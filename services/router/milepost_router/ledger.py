@@ -28,11 +28,29 @@ from milepost.errors import (
 from milepost.types import VersionState
 from milepost_router.version_string import LoadedVersion
 
-LEASE_TTL_S = 15.0
+LEASE_TTL_S = 6.0
+"""How long a router that was killed keeps another one from this run's transactions."""
+_RELEASE_TTL_S = 0.001
+_RELEASE_S = 1.0
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.2, 2.0
 _AWAY = (Unavailable, DeadlineExceeded, Cancelled)
 
 log = logging.getLogger(__name__)
+
+
+class RouterHeld(Unavailable):
+    """Another router runs this run's transactions, until its lease runs out."""
+
+    default_reason = "ROUTER_HELD"
+
+
+def _held_by_another(run_id: str, refusal: FailedPrecondition) -> RouterHeld:
+    return RouterHeld(
+        f"another router runs the weight transactions of run {run_id!r}: {refusal}; ask again when its lease "
+        "has run out, or talk to that router",
+        metadata=refusal.metadata,
+        retry_after_s=LEASE_TTL_S / 2,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,33 +84,47 @@ class Ledger:
         self._pending: dict[str, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
-        """Stops repeating publications."""
+        """Stops repeating publications and gives the leases back."""
         tasks = list(self._pending.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for run_id in list(self._router_terms):
+            await self._release(run_id)
         await self._client.close()
+
+    async def _release(self, run_id: str) -> None:
+        """Lets the next router have the run at once."""
+        try:
+            async with asyncio.timeout(_RELEASE_S):
+                await self._lease(run_id, self._router_terms.pop(run_id), ttl_s=_RELEASE_TTL_S)
+        except (MilepostError, TimeoutError) as error:
+            log.info("run %s: lease not given back, it ends by itself: %s", run_id, error)
 
     async def lease(self, run_id: str) -> None:
         """Claims or renews the right to run this run's transactions.
 
         Raises:
-          FailedPrecondition: another router holds it (reason ROUTER_HELD).
+          RouterHeld: another router holds it; wait until its lease runs out.
           Unavailable: the buffer does not answer.
         """
         held = self._router_terms.get(run_id, 0)
         try:
-            term = await self._lease(run_id, held)
-        except FailedPrecondition:
-            self._router_terms.pop(run_id, None)
-            if not held:
-                raise
-            term = await self._lease(run_id, 0)  # ours ran out; nobody else has it
+            term = await self._lease(run_id, held) if held else await self._claim(run_id)
+        except FailedPrecondition:  # ours ran out
+            del self._router_terms[run_id]
+            term = await self._claim(run_id)
         self._router_terms[run_id] = term
 
-    async def _lease(self, run_id: str, held: int) -> int:
+    async def _claim(self, run_id: str) -> int:
+        try:
+            return await self._lease(run_id, 0)
+        except FailedPrecondition as refusal:
+            raise _held_by_another(run_id, refusal) from refusal
+
+    async def _lease(self, run_id: str, held: int, *, ttl_s: float = LEASE_TTL_S) -> int:
         return await self._client.lease_router(
-            run_id, router_id=self._router_id, router_term=held, ttl_s=LEASE_TTL_S
+            run_id, router_id=self._router_id, router_term=held, ttl_s=ttl_s
         )
 
     async def reserve(self, run_id: str, *, term: int, step: int, attempt: int, at_least: int) -> int:

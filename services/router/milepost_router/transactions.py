@@ -34,7 +34,7 @@ from milepost.errors import (
 )
 from milepost.types import EngineState, Transport
 from milepost_router.fleet import Fleet
-from milepost_router.ledger import LEASE_TTL_S, Ledger, Publication
+from milepost_router.ledger import LEASE_TTL_S, Ledger, Publication, RouterHeld
 from milepost_router.member import Member
 from milepost_router.probe import ApiOf
 from milepost_router.record import EngineRecord
@@ -85,9 +85,9 @@ class Transactions:
         Raises:
           InvalidArgument: a field is wrong.
           StaleTerm: a newer trainer was seen.
-          FailedPrecondition: no ledger, or another router runs this run's transactions.
+          FailedPrecondition: there is no ledger.
           NotFound: a named engine is not known.
-          Unavailable: the ledger is away.
+          Unavailable: the ledger is away, or another router runs this run's transactions.
         """
         _validate(request)
         if self._ledger is None:
@@ -277,10 +277,12 @@ class Transactions:
     async def _renew(self, transaction: Transaction, ledger: Ledger) -> None:
         try:
             await ledger.lease(transaction.plan.request.run_id)
+        except RouterHeld as error:
+            await transaction.abort(str(error))
         except (Unavailable, DeadlineExceeded) as error:
             log.warning("transaction %s: lease not renewed: %s", transaction.plan.transaction_id, error)
         except MilepostError as error:
-            await transaction.abort(f"another router has taken over: {error}")
+            await transaction.abort(f"the lease of its run was refused: {error}")
 
     async def _publish(self, transaction: Transaction, members: tuple[str, ...]) -> bool:
         """Publishes a committed version; one that was published before needs nothing."""

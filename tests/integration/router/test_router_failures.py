@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from milepost import RouterClient, errors
 from milepost import types as t
+from milepost.channel import NO_RETRY
 from milepost.types import EngineState, Transport
 
 
@@ -262,6 +264,56 @@ async def test_a_router_that_comes_back_knows_what_its_engines_serve(
     assert {a.headers["x-milepost-engine"] for a in answers} == {e.engine_id for e in engines}
 
 
+async def test_new_requests_wait_for_an_update_and_get_the_new_weights(
+    helpers, engines, buffer, start_router, publisher_of, run_id
+):
+    router = await start_router(engines[0].url, buffer=buffer)
+    publisher = await publisher_of(router)
+    await helpers.all_are(publisher.router, EngineState.STALE)
+    await publisher.publish(helpers.weights(1), label=0)
+    state = helpers.weights(2)
+    prepared = await publisher.prepare(state, label=1, transport=Transport.SHM)
+    acks = await publisher.transfer(prepared, state, Transport.SHM)
+    await helpers.all_are(publisher.router, EngineState.UPDATING)
+    asked = asyncio.create_task(helpers.generate(router.http, headers={"x-milepost-run": run_id}))
+    assert (await states_over_http(helpers, router)) == ["UPDATING"]
+    assert not asked.done()
+    second = await publisher.commit(prepared, len(acks))
+    answer = await asked
+    assert answer.status == 200
+    assert answer.headers["x-milepost-version-start"] == str(second.version)
+
+
+async def states_over_http(helpers: Any, router: Any) -> list[str]:
+    async with helpers.http_session() as session, session.get(router.http + "/engines") as reply:
+        return [e["state"] for e in (await reply.json())["engines"]]
+
+
+async def test_two_routers_never_run_transactions_of_one_run_at_once(
+    helpers, engines, buffer, start_router, publisher_of, run_id
+):
+    first = await start_router(engines[0].url, buffer=buffer)
+    second = await start_router(engines[0].url, buffer=buffer)
+    publisher, rival = await publisher_of(first), await publisher_of(second)
+    publisher.term = rival.term
+    await helpers.all_are(rival.router, EngineState.STALE)
+    await publisher.publish(helpers.weights(1), label=0)
+    impatient = RouterClient(second.grpc, retry=NO_RETRY)
+    request = t.PrepareRequest(
+        run_id=run_id,
+        term=rival.term,
+        label=1,
+        attempt=9,
+        transport=Transport.DISK,
+        manifest=(t.TensorSpec(name="x", dtype="float32", shape=(1,)),),
+    )
+    async with impatient:
+        with pytest.raises(errors.Unavailable, match="another router") as held:
+            await impatient.prepare_weights(request)
+    assert held.value.reason == "ROUTER_HELD"
+    assert held.value.retry_after_s
+
+
 async def test_a_router_that_comes_back_finishes_a_commit(
     helpers, engines, buffer, start_router, publisher_of, run_id
 ):
@@ -303,8 +355,6 @@ async def test_engines_register_themselves_drain_and_leave(helpers, start_engine
     router = await start_router()
     engine = start_engine("--router", router.grpc, "--engine_id", "one")
     assert engine.url
-    from milepost import RouterClient
-
     async with RouterClient(router.grpc) as client:
         await helpers.all_are(client, EngineState.SERVING)
         found = (await helpers.states(client))["one"]

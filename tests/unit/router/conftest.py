@@ -14,7 +14,7 @@ from milepost import errors
 from milepost import types as t
 from milepost_router.engine_api import EngineApi
 from milepost_router.fleet import Fleet, FleetLimits
-from milepost_router.ledger import Publication
+from milepost_router.ledger import Publication, RouterHeld
 from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
 from milepost_router.transactions import Transactions
@@ -159,7 +159,7 @@ class FakeLedger:
         """Claims the run."""
         self.leases += 1
         if self.held_by_another:
-            raise errors.FailedPrecondition("another router has it", reason="ROUTER_HELD")
+            raise RouterHeld("another router has it")
 
     async def reserve(self, run_id: str, *, term: int, step: int, attempt: int, at_least: int) -> int:
         """A number."""

@@ -13,7 +13,7 @@ from milepost import errors
 from milepost.v1 import weights_pb2 as pb
 from milepost.v1 import weights_pb2_grpc
 from milepost_common.server import GrpcServer
-from milepost_router.ledger import Ledger, Publication
+from milepost_router.ledger import Ledger, Publication, RouterHeld
 from milepost_router.version_string import LoadedVersion
 
 DEADLINE_S = 15.0
@@ -28,6 +28,7 @@ class Weights(weights_pb2_grpc.WeightServiceServicer):
         self.refusal: errors.MilepostError | None = None
         self.leases: list[tuple[str, int]] = []
         self.live_terms: set[int] = set()
+        self.ttls_ms: list[int] = []
         self.held_by_another = False
 
     def put(self, version: int, label: int, state: Any, term: int = 1) -> None:
@@ -53,6 +54,7 @@ class Weights(weights_pb2_grpc.WeightServiceServicer):
 
     async def LeaseRouter(self, request: Any, context: Any) -> Any:
         self.leases.append((request.router_id, request.router_term))
+        self.ttls_ms.append(request.ttl.ToMilliseconds())
         unknown = request.router_term and request.router_term not in self.live_terms
         if self.held_by_another or unknown:
             raise errors.FailedPrecondition("somebody else", reason="ROUTER_HELD")
@@ -195,6 +197,14 @@ async def test_a_run_is_leased_renewed_and_claimed_again_where_the_lease_ran_out
         await ledger.lease("run")
         assert [term for _, term in weights.leases[2:]] == [1, 0]
         weights.held_by_another = True
-        with pytest.raises(errors.FailedPrecondition, match="somebody else"):
+        with pytest.raises(RouterHeld, match="somebody else"):
             await ledger.lease("run")
         assert len({name for name, _ in weights.leases}) == 1
+
+
+async def test_a_router_that_stops_gives_its_runs_back():
+    weights = Weights()
+    async with serving(weights) as address:
+        async with ledger_at(address) as ledger:
+            await ledger.lease("run")
+        assert weights.ttls_ms == [6000, 1]

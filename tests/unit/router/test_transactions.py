@@ -10,6 +10,7 @@ import pytest
 from milepost import errors
 from milepost import types as t
 from milepost.types import Transport
+from milepost_router import transactions
 from milepost_router.transaction import Phase
 
 OPENING = ["pause_generation", "update_weight_version", "begin_weight_update"]
@@ -483,9 +484,22 @@ async def test_a_lower_term_is_refused_and_a_higher_one_takes_over(bench, tools)
 
 async def test_a_run_that_another_router_holds_is_left_alone(bench, tools):
     bench.ledger.held_by_another = True
-    with pytest.raises(errors.FailedPrecondition, match="another router"):
+    with pytest.raises(errors.Unavailable, match="another router"):
         await bench.transactions.prepare(tools.request())
     assert all(not bench.record(name).transaction for name in "ab")
+
+
+async def test_a_router_that_loses_the_run_aborts(bench, tools, monkeypatch):
+    monkeypatch.setattr(transactions, "LEASE_TTL_S", 0.06)
+    prepared = await bench.transactions.prepare(tools.request())
+    transaction = take_part(bench, prepared)
+    await transaction.take(tools.bucket(prepared, 0))
+    await tools.until(lambda: bench.ledger.leases >= 3)
+    assert transaction.is_open
+    bench.ledger.held_by_another = True
+    await tools.until(transaction.ended.is_set)
+    assert "another router" in transaction.why_aborted
+    assert bench.states() == {"a": "STALE", "b": "STALE"}
 
 
 async def test_nobody_there_opens_nothing_and_reserves_nothing(bench, tools):
