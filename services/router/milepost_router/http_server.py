@@ -13,7 +13,7 @@ from milepost.errors import InvalidArgument, Unavailable
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
-STOP_S = 10
+STOP_S = 5
 
 
 class HttpServer:

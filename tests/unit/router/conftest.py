@@ -43,6 +43,7 @@ class FakeEngine:
         self.paused = False
         self.calls: list[str] = []
         self.bodies: dict[str, list[Any]] = {}
+        self.keys: set[str | None] = set()
         self.reactions: dict[str, Reaction] = {}
         self.happened = asyncio.Condition()
         self._released = asyncio.Event()
@@ -114,6 +115,7 @@ class FakeEngine:
 
     async def _on_request(self, request: web.Request) -> web.StreamResponse:
         path = request.path
+        self.keys.add(request.headers.get("authorization"))
         body = await request.json() if request.can_read_body else None
         if request.method == "POST":
             async with self.happened:

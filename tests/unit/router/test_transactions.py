@@ -75,6 +75,16 @@ async def test_the_calls_to_an_engine_come_in_order_and_never_flush_or_abort(ben
     assert not fake.paused
 
 
+async def test_admin_calls_carry_the_key_of_the_engine(bench, tools):
+    bench.record("a").admin_api_key = "secret"
+    prepared = await bench.transactions.prepare(tools.request())
+    await tools.transfer(bench, prepared)
+    await tools.commit(bench, prepared)
+    assert bench.engines["a"].keys == {"Bearer secret"}
+    assert bench.engines["b"].keys == {None}
+    assert "secret" not in repr(bench.record("a"))
+
+
 async def test_the_number_is_above_every_number_that_an_engine_carries(bench, tools):
     record = bench.record("b")
     bench.fleet.probe_ok(record, "run/41/3", generation=record.generation, now=0.0)
