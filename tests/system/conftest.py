@@ -33,10 +33,9 @@ def start_stack(tmp_path: Path, model: Path) -> Iterator[StartStack]:
         run_dir = tmp_path / name
         run_dir.mkdir()
         config = write_config(run_dir, model, **changes)
+        command = [MILEPOST, "up", "--config", str(config), "--ports", "free", *flags]
         with (run_dir / "up.log").open("wb") as log:
-            process = subprocess.Popen(
-                [MILEPOST, "up", "--config", str(config), "--ports", "free", *flags], stdout=log, stderr=log, cwd=run_dir
-            )
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=run_dir)
         started.append(Stack(run_id=name, run_dir=run_dir, process=process))
         return started[-1]
 
