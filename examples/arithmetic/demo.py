@@ -58,7 +58,7 @@ def prepare(prompts: int) -> None:
 @contextmanager
 def stack() -> Generator[subprocess.Popen[bytes]]:
     """`milepost up`, stopped at the end whatever happens."""
-    up = subprocess.Popen([*MILEPOST, "up", "--config", str(CONFIG), "--stay"])
+    up = subprocess.Popen([*MILEPOST, "up", "--config", str(CONFIG), "--stay", "--ports", "free"])
     try:
         yield up
     finally:
