@@ -232,6 +232,7 @@ class StepLoop:
             for event in events:
                 event.cancel()
         state.woken.clear()
+        publisher.changed.clear()  # what changed is looked at below; unheard, it would end every later wait
         if self._stop.is_set():
             return True
         if task is None or not task.done():

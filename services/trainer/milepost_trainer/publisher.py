@@ -188,12 +188,23 @@ class Publisher:
             return False
         if committed is None:  # the fleet as we see it is older than the router's
             self._not_before = time.monotonic() + self._settings.retry_delay_s
+            self._adopt()
             return False
         self._failures, self._not_before = 0, 0.0
         self.published, self._own = Published(committed.version, self.label), True
         for engine, why in committed.quarantined.items():
             log.warning("engine %s is quarantined: %s", engine, why)
         return True
+
+    def _adopt(self) -> None:
+        """Take what engines serve for published: the answer to an earlier commit may have been lost."""
+        serving = [
+            e.weight_version
+            for e in self._fleet.engines
+            if e.state is t.EngineState.SERVING and e.run_id == self._run_id and e.weight_label == self.label
+        ]
+        if max(serving, default=0) > self.published.version:
+            self.published, self._own = Published(max(serving), self.label), False
 
     def _back_off(self, why: str) -> None:
         self._failures += 1
@@ -273,12 +284,11 @@ class Publisher:
         sending = asyncio.create_task(
             self._transport.send(bucket, flat, timeout_s=self._settings.timeout_s), name="send bucket"
         )
-        answering = asyncio.create_task(_next(acks), name="await acks")
+        answering = asyncio.create_task(_accepted(acks), name="await acks")
         try:
             done, _ = await asyncio.wait([sending, answering], return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
                 task.result()
-            _check_ack(answering.result())
         finally:
             for task in (sending, answering):
                 task.cancel()
@@ -296,9 +306,10 @@ async def _drain(headers: asyncio.Queue[t.BucketHeader | None]) -> AsyncIterator
         yield header
 
 
-async def _next(acks: AsyncIterator[t.BucketAck]) -> t.BucketAck:
+async def _accepted(acks: AsyncIterator[t.BucketAck]) -> None:
+    """Hear of one bucket; raises at once where it was not taken, whoever still waits to send it."""
     try:
-        return await anext(acks)
+        _check_ack(await anext(acks))
     except StopAsyncIteration:
         raise Unavailable("the router ended the transfer early") from None
 

@@ -92,8 +92,11 @@ class FakeRouter:
         self.committed.append(version)
         assert num_buckets == len(BUCKETS)
         for name, engine in self.engines.items():
-            self.engines[name] = replace(engine, state=t.EngineState.SERVING, weight_label=request.label)
+            self.engines[name] = replace(
+                engine, state=t.EngineState.SERVING, weight_version=version, weight_label=request.label
+            )
         self.tell()
+        await self._at("answer to the commit")
         return t.Committed(version=version, serving=tuple(self.engines), published=True)
 
     async def abort_weights(self, transaction_id: str, **_: Any) -> tuple[str, ...]:
@@ -266,6 +269,34 @@ async def test_a_change_of_the_fleet_ends_the_delay(bench: Bench) -> None:
     assert bench.publisher.wanted
     assert await bench.publisher.catch_up()
     assert bench.router.requests[-1].attempt == 2
+
+
+async def test_a_commit_whose_answer_was_lost_is_learnt_from_the_fleet(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    bench.router.fail_at = "answer to the commit"
+    assert not await bench.publisher.catch_up()
+    bench.router.fail_at = ""
+    bench.router.set_engine("other", t.EngineState.SERVING, 0)
+    await bench.heard()
+    assert bench.publisher.wanted
+    assert not await bench.publisher.catch_up()
+    assert bench.publisher.published == Published(version=1, label=0)
+    assert not bench.publisher.lacking
+
+
+async def test_a_bucket_that_is_refused_is_not_waited_for(bench: Bench) -> None:
+    async def send(bucket: Bucket, flat: torch.Tensor, *, timeout_s: float) -> None:
+        await asyncio.Event().wait()
+
+    bench.transport.send = send  # type: ignore[method-assign]
+    bench.publisher._settings = PublishSettings(timeout_s=3600)  # pyright: ignore[reportPrivateUsage]
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    bench.router.fail_at = "break"
+    async with asyncio.timeout(10):
+        assert not await bench.publisher.catch_up()
+    assert bench.transport.closed == [True]
 
 
 @pytest.mark.parametrize("place", ["prepare", "update", "commit"])

@@ -108,9 +108,34 @@ async def test_gloo_broadcasts_and_gives_up_at_the_deadline() -> None:
 
 async def test_gloo_gives_up_on_members_that_never_come() -> None:
     transport = GlooTransport(master_address="127.0.0.1")
+    await transport.open(Prepared(group_name="run/1/1/2", world_size=2), timeout_s=0.5)
     with pytest.raises(Unavailable, match=r"group run/1/1/2 of 2 did not form"):
-        await transport.open(Prepared(group_name="run/1/1/2", world_size=2), timeout_s=0.5)
+        await transport.send(BUCKET, FLAT, timeout_s=5)
     await transport.close(broken=True)
+
+
+async def test_gloo_a_group_that_never_forms_delays_no_other() -> None:
+    transport = GlooTransport(master_address="127.0.0.1")
+    await transport.open(Prepared(group_name="run/1/1/3", world_size=2), timeout_s=60)
+    sending = asyncio.create_task(transport.send(BUCKET, FLAT, timeout_s=60))
+    received: list[torch.Tensor] = []
+    leave = threading.Event()
+    engine = threading.Thread(
+        target=_join_as_engine, args=(transport.master_port, "run/1/1/4", received, leave), daemon=True
+    )
+    try:
+        async with asyncio.timeout(30):
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+            await transport.close(broken=True)
+            engine.start()
+            await transport.open(Prepared(group_name="run/1/1/4", world_size=2), timeout_s=60)
+            await transport.send(BUCKET, FLAT, timeout_s=60)
+    finally:
+        leave.set()
+        await transport.close(broken=False)
+        await asyncio.to_thread(engine.join, 20)
+    assert torch.equal(received[0], FLAT)
 
 
 def test_settings_choose_the_transport(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class WeightTransport(ABC):
 
     @abstractmethod
     async def open(self, prepared: Prepared, *, timeout_s: float) -> None:
-        """Get ready for one transaction; returns once the members are connected."""
+        """Get ready for one transaction, without waiting for its members: `send` does that."""
 
     @abstractmethod
     async def stage(self, bucket: Bucket, flat: torch.Tensor) -> tuple[HandlesOfEngine, ...]:

@@ -2,7 +2,9 @@
 
 Rank 0 hosts one TCP store for its lifetime; each group lives under its own prefix of it, the rendezvous that
 inference engines use for NCCL as well. A group that breaks is aborted and never used again. Each group gets a
-thread of its own for the calls that block, so that one stuck in a dead group delays nobody else.
+thread and a connection to the store of its own for the calls that block, so that one stuck in a dead group
+delays nobody else. Nobody waits for a group but the first `send`, which ends as soon as the router says that
+a member did not join.
 """
 
 from __future__ import annotations
@@ -41,23 +43,16 @@ class GlooTransport(WeightTransport):
         self.master_address = master_address
         self._store = _listen()
         self.master_port = int(self._store.port)
-        self._group: Any = None
+        self._joining: asyncio.Future[Any] | None = None
+        self._name = ""
 
     async def open(self, prepared: Prepared, *, timeout_s: float) -> None:
-        """Form the group with all members."""
-        joining = _in_thread(
-            lambda: _join(self._store, prepared.group_name, prepared.world_size, timeout_s),
+        """Begin to form the group with all members."""
+        self._name = f"{prepared.group_name} of {prepared.world_size}"
+        self._joining = _in_thread(
+            lambda: _join(self.master_port, prepared.group_name, prepared.world_size, timeout_s),
             name=f"join {prepared.group_name}",
         )
-        try:
-            async with asyncio.timeout(timeout_s + 1.0):
-                self._group = await asyncio.shield(joining)
-        except (RuntimeError, TimeoutError, ValueError) as error:
-            joining.add_done_callback(_leave_late)
-            raise Unavailable(
-                f"group {prepared.group_name} of {prepared.world_size} did not form in {timeout_s:.0f} s: "
-                f"{str(error)[:200] or 'no answer'}"
-            ) from error
 
     async def stage(self, bucket: Bucket, flat: torch.Tensor) -> tuple[HandlesOfEngine, ...]:
         """Nothing to stage: the header alone tells engines what comes."""
@@ -65,11 +60,12 @@ class GlooTransport(WeightTransport):
         return ()
 
     async def send(self, bucket: Bucket, flat: torch.Tensor, *, timeout_s: float) -> None:
-        """Broadcast a bucket's bytes."""
+        """Broadcast a bucket's bytes, once the group stands."""
         if not bucket.size_bytes:
             return
+        group = await self._joined(timeout_s)
         try:
-            sent = _broadcast(self._group, flat.cpu())
+            sent = _broadcast(group, flat.cpu())
             async with asyncio.timeout(timeout_s):
                 await sent
         except (RuntimeError, TimeoutError) as error:
@@ -77,11 +73,21 @@ class GlooTransport(WeightTransport):
                 f"bucket {bucket.index} was not taken by all members: {str(error)[:200] or 'deadline passed'}"
             ) from error
 
+    async def _joined(self, timeout_s: float) -> Any:
+        assert self._joining is not None, "open comes first"
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(self._joining)
+        except (RuntimeError, TimeoutError, ValueError) as error:
+            raise Unavailable(
+                f"group {self._name} did not form in {timeout_s:.0f} s: {str(error)[:200] or 'no answer'}"
+            ) from error
+
     async def close(self, *, broken: bool) -> None:
-        """Leave the group; a broken one is aborted first."""
-        group, self._group = self._group, None
-        if group is not None:
-            _in_thread(lambda: _leave(group, abort=broken), name="leave group")
+        """Leave the group, now or when it has formed; a broken one is aborted first."""
+        joining, self._joining = self._joining, None
+        if joining is not None:
+            joining.add_done_callback(lambda done: _leave_joined(done, abort=broken))
 
 
 def _listen() -> Any:
@@ -95,7 +101,11 @@ def _listen() -> Any:
     )
 
 
-def _join(store: Any, name: str, world_size: int, timeout_s: float) -> Any:
+def _join(port: int, name: str, world_size: int, timeout_s: float) -> Any:
+    # A connection of its own: one that waits for a member holds the lock of its connection meanwhile.
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]  # exported, but not declared so
+        "127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout_s)
+    )
     # torch has no public way to build a group beside the default one; engines use this helper too, and both
     # sides must derive the same keys.
     helper: Any = c10d._new_process_group_helper  # pyright: ignore[reportPrivateUsage]
@@ -117,9 +127,9 @@ def _leave(group: Any, *, abort: bool) -> None:
         log.warning("a group for weights did not close cleanly: %s", error)
 
 
-def _leave_late(joining: asyncio.Future[Any]) -> None:
+def _leave_joined(joining: asyncio.Future[Any], *, abort: bool) -> None:
     if not joining.cancelled() and joining.exception() is None:
-        _in_thread(lambda: _leave(joining.result(), abort=True), name="leave late group")
+        _in_thread(lambda: _leave(joining.result(), abort=abort), name="leave group")
 
 
 def _in_thread(call: Callable[[], T], *, name: str) -> asyncio.Future[T]:
