@@ -2,9 +2,10 @@
 
 The ledger owns versions, the engines own what they hold, the router owns nothing. What it does keep here:
 - per run, the router term under which it may run weight transactions (a lease, renewed while one is open);
-- per run, the one publication that the ledger has not heard of yet because it was away at the commit. It is
-  repeated in the background until the ledger takes it, or refuses it: then the engines that serve that number
-  must not go on (`on_refused`).
+- the publications that the ledger has not heard of yet because it was away at the commit. Each is repeated
+  in the background until the ledger takes it, also when a newer one overtakes it, for groups with its tokens
+  can be sealed only then; or refuses it: then the engines that serve that number must not go on
+  (`on_refused`).
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ class Ledger:
         self._on_refused = on_refused
         self._router_id = uuid.uuid4().hex
         self._router_terms: dict[str, int] = {}
-        self._pending: dict[str, asyncio.Task[None]] = {}
+        self._pending: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
         """Stops repeating publications and gives the leases back."""
-        tasks = list(self._pending.values())
+        tasks = list(self._pending)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -152,13 +153,14 @@ class Ledger:
         Raises:
           MilepostError: the ledger refuses it (the term is stale, the number void).
         """
-        await self._cancel_pending(publication.run_id)
         try:
             await self._publish(publication)
         except _AWAY as error:
             log.warning("run %s: version %d is served but not published yet: %s", publication.run_id,
                         publication.version, error)  # fmt: skip
-            self._pending[publication.run_id] = asyncio.create_task(self._repeat(publication))
+            task = asyncio.create_task(self._repeat(publication))
+            self._pending.add(task)
+            task.add_done_callback(self._pending.discard)
             return False
         return True
 
@@ -225,10 +227,3 @@ class Ledger:
             else:
                 log.info("run %s: version %d is published at last", publication.run_id, publication.version)
             return
-
-    async def _cancel_pending(self, run_id: str) -> None:
-        """A newer publication takes the place of the one that was being repeated."""
-        task = self._pending.pop(run_id, None)
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
