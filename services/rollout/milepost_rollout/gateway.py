@@ -324,7 +324,7 @@ class Gateway:
                     self._settings.run_id, instance_id=self._settings.instance_id, leases=keys
                 )
         except (MilepostError, TimeoutError) as error:
-            log.warning("cannot renew %d leases: %s", len(keys), error or "no answer")
+            log.warning("cannot renew %d leases: %s", len(keys), str(error) or "no answer")
             return
         for key in renewed.lost:
             self._lose(key)

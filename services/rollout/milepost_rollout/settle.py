@@ -33,6 +33,7 @@ MAX_ITEMS = 16
 MAX_BYTES = 12 * 1024 * 1024
 LINGER_S = 0.02
 UNKNOWN_VERSION_S = 0.2
+VERSION_WAIT_S = 60.0
 _MAX_DETAIL = 2000
 
 
@@ -81,6 +82,8 @@ class Settler:
       instance_id: holder of the leases.
       counters: told what became of each item.
       on_settled: called with the key of each item that is done with.
+      version_wait_s: how long a group waits for the ledger to hear of its weight version. A router that died
+        together with its engines may never say so: then the prompt is given back and rolled out again.
     """
 
     def __init__(
@@ -91,12 +94,15 @@ class Settler:
         instance_id: str,
         counters: Counters,
         on_settled: Callable[[LeaseKey], None],
+        version_wait_s: float = VERSION_WAIT_S,
     ) -> None:
         self._ledger = ledger
         self._run_id = run_id
         self._instance_id = instance_id
         self._counters = counters
         self._on_settled = on_settled
+        self._version_wait_s = version_wait_s
+        self._unknown_since: dict[LeaseKey, float] = {}
         self._items: dict[LeaseKey, Item] = {}
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
@@ -174,8 +180,7 @@ class Settler:
         if item.key not in self._items:
             return False
         if result.status is SealStatus.UNKNOWN_VERSION:
-            self._items[item.key] = self._items.pop(item.key)  # to the back, so that others are not held up
-            return True
+            return self._wait_for_version(item, result.message)
         if result.status is SealStatus.INVALID:
             log.error("prompt %r attempt %d: the ledger refuses the group: %s", *_names(item), result.message)
             self.submit(_give_up(item, result.message))
@@ -186,6 +191,16 @@ class Settler:
             log.warning("prompt %r attempt %d: not sealed: %s", *_names(item), result.message)
         del self._items[item.key]
         self._settle(item.key, result.status.name.lower())
+        return False
+
+    def _wait_for_version(self, item: Item, message: str) -> bool:
+        """Keeps the group for later, or gives its prompt back when that took too long."""
+        now = asyncio.get_running_loop().time()
+        if now - self._unknown_since.setdefault(item.key, now) < self._version_wait_s:
+            self._items[item.key] = self._items.pop(item.key)  # to the back, so that others are not held up
+            return True
+        log.warning("prompt %r attempt %d: given back: %s", *_names(item), message)
+        self.submit(Item(key=item.key, release=Release(detail=message)))
         return False
 
     def _refused_batch(self, items: Sequence[Item], error: MilepostError) -> bool:
@@ -215,6 +230,7 @@ class Settler:
                 self._settle(key, release.word)
 
     def _settle(self, key: LeaseKey, word: str) -> None:
+        self._unknown_since.pop(key, None)
         self._counters.settled[word] += 1
         if not self._items:
             self._arrived.clear()

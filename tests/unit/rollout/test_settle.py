@@ -66,7 +66,7 @@ def release(prompt_id: str, **how: Any) -> Item:
 
 
 class Setup:
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.ledger = FakeLedger()
         self.counters = Counters()
         self.settled: list[str] = []
@@ -76,6 +76,7 @@ class Setup:
             instance_id="i",
             counters=self.counters,
             on_settled=lambda key: self.settled.append(key.prompt_id),
+            **options,
         )
 
     async def settle(self, *items: Item) -> None:
@@ -144,6 +145,16 @@ async def test_an_unknown_version_is_put_again_and_holds_nobody_up():
     assert s.settled[-1] == "late"
     assert sum("late" in p for p in s.ledger.puts) == 3
     assert s.counters.groups_sealed == MAX_ITEMS + 1
+
+
+async def test_a_version_that_is_never_published_costs_the_group_and_not_the_prompt():
+    s = Setup(version_wait_s=0.0)
+    s.ledger.status = lambda group: SealStatus.UNKNOWN_VERSION
+    await s.settle(seal("p"))
+    (how,) = s.ledger.releases
+    assert (how["ids"], how["failed"], how["drop_reason"]) == (["p"], False, DropReason.UNSPECIFIED)
+    assert "the reason" in how["detail"]
+    assert s.settled == ["p"]
 
 
 async def test_a_group_that_breaks_the_contract_is_released_as_failed():
