@@ -158,15 +158,32 @@ async def test_the_end_of_the_run_stops_everything_with_status_0(stage: Stage) -
     done = frozenset((0,))
     stage.start(
         stage.spec("a", "ready", stop_rank=1),
-        stage.spec("t", "ready", "once-exit=3", "exit=0", needs=("a",), final_codes=done, ends_run=True),
+        stage.spec("t", "ready", "once-exit=3", "exit=0", needs=("a",), final_codes=done, ends_run={0: 0}),
     )
     assert await stage.result() == 0
     assert stage.state()["t"] == stage.state()["t"] | {"state": "done", "exit_code": 0, "pid": None}
     assert stage.journal("a")[-1] == "stop"
 
 
+async def test_a_final_status_may_end_the_run_as_a_failure(stage: Stage) -> None:
+    spec = stage.spec("t", "ready", "exit=4", final_codes=frozenset((0, 4)), ends_run={0: 0, 4: 1})
+    stage.start(stage.spec("a", "ready", stop_rank=1), spec)
+    assert await stage.result() == 1
+    assert stage.journal("a")[-1] == "stop"
+    assert any("last lines of" in line for line in stage.reported)
+
+
+async def test_a_final_status_that_ends_nothing_leaves_the_others_alone(stage: Stage) -> None:
+    spec = stage.spec("t", "ready", "exit=3", final_codes=frozenset((0, 3)), ends_run={0: 0})
+    stage.start(stage.spec("a", "ready"), spec)
+    await until(stage.is_in("t", "done"))
+    await until(stage.is_in("a", "ready"))
+    assert len(stage.pids("t")) == 1
+    assert alive(stage.pids("a")[0])
+
+
 async def test_with_stay_the_others_go_on(stage: Stage) -> None:
-    spec = stage.spec("t", "ready", "exit=0", final_codes=frozenset((0,)), ends_run=True)
+    spec = stage.spec("t", "ready", "exit=0", final_codes=frozenset((0,)), ends_run={0: 0})
     stage.start(stage.spec("a", "ready"), spec, stay=True)
     await until(stage.is_in("t", "done"))
     await until(stage.is_in("a", "ready"))

@@ -67,7 +67,10 @@ def test_children_and_their_order() -> None:
         < ranks["router"]
         < ranks["buffer"]
     )
-    assert [s.name for s in made.specs if s.ends_run] == ["trainer"]
+    (trainer,) = (s for s in made.specs if s.ends_run)
+    assert trainer.name == "trainer"
+    assert trainer.final_codes == {0, 3, 4}, "3: another trainer took over, and a restart would fence it"
+    assert trainer.ends_run == {0: 0, 4: 1}
     assert (made.run_id, made.run_dir) == ("x", Path("runs/x"))
 
 

@@ -15,7 +15,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ from milepost_common.up.spec import Addresses, ChildSpec
 DEFAULT_RUN = "default"
 LOCAL = "127.0.0.1"
 _FOR_EVER_S = "31536000"
+_TRAINER_DONE, _TRAINER_REPLACED, _NOTHING_TRAINED = 0, 3, 4
+_TRAINER_FINAL = frozenset((_TRAINER_DONE, _TRAINER_REPLACED, _NOTHING_TRAINED))
+"""A trainer that was replaced is not started again: that would fence its successor, whom the others serve."""
+_TRAINER_ENDS_RUN = {_TRAINER_DONE: 0, _NOTHING_TRAINED: 1}
 _STOP_RANK = {"feed": 0, "trainer": 0, "rollout": 1, "engine": 2, "router": 3, "buffer": 4}
 
 
@@ -133,7 +137,8 @@ class _Planner:
             return [*fixed, *wires, *self._listen("trainer", at)]
 
         stop_s = max(self._up.stop_timeout_s, float(getattr(service.values, "shutdown_timeout_s", 0)) + 5)
-        return self._spec("trainer", flags, needs=("buffer", "router"), ends_run=True, stop_timeout_s=stop_s)
+        spec = self._spec("trainer", flags, needs=("buffer", "router"), stop_timeout_s=stop_s)
+        return replace(spec, final_codes=_TRAINER_FINAL, ends_run=_TRAINER_ENDS_RUN)
 
     def _feed(self) -> ChildSpec:
         acknowledged = self._up.feed_acknowledged or str(self._run_dir / "acknowledged.jsonl")
@@ -177,7 +182,6 @@ class _Planner:
         *,
         name: str = "",
         needs: tuple[str, ...] = (),
-        ends_run: bool = False,
         stop_timeout_s: float | None = None,
     ) -> ChildSpec:
         head = [sys.executable, "-m", f"milepost_{service}", "serve", *self._argv]
@@ -185,8 +189,6 @@ class _Planner:
             name=name or service,
             command=lambda at: head + flags(at),
             needs=needs,
-            final_codes=frozenset((0,)) if ends_run else frozenset(),
-            ends_run=ends_run,
             stop_rank=_STOP_RANK[service],
             ready_timeout_s=self._up.ready_timeout_s,
             stop_timeout_s=stop_timeout_s or self._up.stop_timeout_s,

@@ -19,8 +19,9 @@ class ChildSpec:
         among them on a restart, so that it can listen where it listened before.
       needs: children that must have been ready once before it is started.
       announces: it prints a readiness line; a child that does not is ready when it runs.
-      final_codes: exit statuses that mean that its work is done.
-      ends_run: when its work is done, so is everything.
+      final_codes: exit statuses after which it is not started again.
+      ends_run: those of them that end everything, and the supervisor's exit status then; any other means that
+        its work is over while the others go on.
       stop_rank: children of a lower rank are stopped first.
       ready_timeout_s: a start that takes longer is ended and counts as a death.
       stop_timeout_s: how long it may take to stop.
@@ -32,7 +33,7 @@ class ChildSpec:
     needs: tuple[str, ...] = ()
     announces: bool = True
     final_codes: frozenset[int] = frozenset()
-    ends_run: bool = False
+    ends_run: Mapping[int, int] = field(default_factory=dict[int, int])
     stop_rank: int = 0
     ready_timeout_s: float = 180.0
     stop_timeout_s: float = 35.0

@@ -187,8 +187,11 @@ class Supervisor:
         if life.phase is Phase.FAILED:
             self._show_log(kept)
             self._decide(FAILED)
-        elif life.phase is Phase.DONE and kept.spec.ends_run and not self._stay:
-            self._decide(OK)
+        elif life.phase is Phase.DONE and code in kept.spec.ends_run and not self._stay:
+            verdict = kept.spec.ends_run[code]
+            if verdict != OK:
+                self._show_log(kept)
+            self._decide(verdict)
 
     # ------------------------------------------------------------------ the end
 
