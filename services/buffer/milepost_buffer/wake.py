@@ -1,8 +1,7 @@
 """Waiting without polling: a call that cannot be answered yet sleeps until some replica says that its run
 changed.
 
-    script --PUBLISH mp:{run}:wake "ps"--> Redis --> Bell (one subscription a process) --> listeners of that
-    run
+    script --PUBLISH mp:{run}:wake "ps"--> Redis --> Bell (one subscription a process) --> the run's listeners
 
 The letters are documented at the head of ledger.lua. A listener registers before it asks, so that a change
 between asking and sleeping is not missed. Between a broken subscription and its repair, and against anything

@@ -1,7 +1,6 @@
 """Multi-turn episodes: the model and an EnvironmentService of the user's take turns.
 
-    Reset(prompt) -> messages --> the model's turn --> Step(text) -> messages --> the model's turn --> ...
-    done
+    Reset(prompt) -> messages --> the model's turn --> Step(text) -> messages --> ... --> done
 
 What the environment says is appended as tokens with mask 0 between what the model wrote; the model's own
 tokens are never encoded again. Turn rewards add up to the sample's reward. An environment that raises, hangs

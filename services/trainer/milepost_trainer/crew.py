@@ -2,9 +2,10 @@
 
     rank 0:  Crew.call(op) --broadcast--> all ranks: Rank.perform(op) --> rank 0 gets its own result
 
-    rank 0's event loop:  gRPC, decisions            each rank's one torch thread:  everything that is
-    collective other ranks' loop:    follow() until "stop"      each rank's event loop:        fetching its
-    own payloads
+    rank 0's event loop       gRPC, decisions
+    other ranks' event loop   follow() until "stop"
+    each rank's event loop    fetching its own payloads
+    each rank's torch thread  everything that is collective; one thread
 
 Commands are the only way to the model, so collectives meet in one order on all ranks. A rank that fails ends
 its process; the launcher then ends the others, and the run resumes from its checkpoint. While rank 0 has

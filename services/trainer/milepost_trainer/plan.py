@@ -1,7 +1,6 @@
 """The plan of a step: which groups each optimizer update takes, who trains them, in which micro-batches.
 
-    leased groups, in order --cut into updates--> groups of each update --dealt to ranks--> packed
-    micro-batches
+    leased groups, in order --cut--> groups of each update --dealt to ranks--> packed micro-batches
 
 A pure function of the lease's metadata: every rank makes the same plan from what rank 0 broadcasts, and a
 replayed step is planned as it was the first time.

@@ -1,7 +1,6 @@
 """The policy: a Hugging Face causal LM that answers packed tokens with log-probs, not logits.
 
-    MicroBatch --decoder with packed attention--> hidden [T, H] --rows that predict--> [M, H] --head-->
-    log-probs [M]
+    MicroBatch --decoder, packed attention--> hidden [T, H] --rows that predict--> [M, H] --head--> scores [M]
 
 The LM head works in chunks of tokens that are computed again in the backward pass, so ``[tokens,
 vocabulary]`` never exists at once. The wrapper is the root module that a backend shards: parameters of the

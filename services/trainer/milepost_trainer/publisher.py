@@ -1,7 +1,6 @@
 """The publisher: the trainer's side of the weight transaction, level-triggered.
 
-    engines of the run  --WatchFleet-->  wanted?  --catch_up()-->  prepare, buckets, commit  -->  engines
-    serve
+    engines of the run --WatchFleet--> wanted? --catch_up()--> prepare, buckets, commit --> engines serve
 
 Wanted is a state, not an event: the label that is due is not published yet, or an engine of the run does not
 serve the newest label. Whoever holds the weights still (the step loop, between micro-batches, while it waits)
@@ -12,8 +11,8 @@ calls ``catch_up``; it makes at most one transaction and never raises for a flee
                              a new version
     label < floor            silence: a replay below what was published before the crash
 
-Owns: attempt numbers, what is published, when to try again. The router owns the fleet, the ledger the
-    numbers.
+Owns: attempt numbers, what is published, when to try again. The router owns the fleet, the ledger owns the
+numbers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A small pool of worker processes for rewards; see `worker.py` for what they are told and answer.
 
     score(job) --> idle worker --> answers, one sample at a time --> scores
-                       |  silent for timeout_s, or dead `-> SIGKILL; the sample at which it stood gets an
-                       error, the others go to another worker
+                       |  silent for timeout_s, or dead
+                       `-> SIGKILL; the sample at which it stood gets an error, the others another worker
 
 A job belongs to one worker at a time, so `size` groups are scored at once and the rest wait in turn. Workers
 start when first needed and are owned by the pool: `close()` kills them, and they die with this process.
