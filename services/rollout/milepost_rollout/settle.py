@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from milepost.errors import DeadlineExceeded, MilepostError, Unavailable
+from milepost.errors import DeadlineExceeded, MilepostError, ResourceExhausted, Unavailable
 from milepost.types import DropReason, Group, LeaseKey, ReleaseResult, SealResult, SealStatus
 from milepost_rollout.backoff import Backoff, BackoffPolicy
 from milepost_rollout.status import Counters
@@ -127,7 +127,7 @@ class Settler:
                 await asyncio.sleep(LINGER_S)
             try:
                 again = await self._settle_batch(self._next_batch())
-            except (Unavailable, DeadlineExceeded) as error:
+            except (Unavailable, DeadlineExceeded, ResourceExhausted) as error:
                 self._counters.ledger = f"ledger: {error}"
                 await asyncio.sleep(backoff.next_s(asked_s=error.retry_after_s))
                 continue
@@ -166,9 +166,9 @@ class Settler:
             return False
         try:
             results = await self._ledger.put_groups(self._run_id, groups=groups)
-        except (Unavailable, DeadlineExceeded):
-            raise
         except MilepostError as error:
+            if _is_away(error):
+                raise
             return self._refused_batch(items, error)
         again = False
         for item, result in zip(items, results, strict=True):
@@ -221,9 +221,9 @@ class Settler:
                 failed=release.failed,
                 exhausted_reason=release.exhausted_reason,
             )
-        except (Unavailable, DeadlineExceeded):
-            raise
         except MilepostError as error:  # the leases expire by themselves
+            if _is_away(error):
+                raise
             log.error("the ledger refuses to release %d prompts: %s", len(keys), error)
         for key in keys:
             if self._items.pop(key, None) is not None:
@@ -240,6 +240,11 @@ class Settler:
 
 def _names(item: Item) -> tuple[str, int]:
     return item.key.prompt_id, item.key.attempt
+
+
+def _is_away(error: MilepostError) -> bool:
+    """The ledger cannot take anything now, whatever it is: away, or its Redis is full."""
+    return isinstance(error, Unavailable | DeadlineExceeded) or error.reason == "REDIS_FULL"
 
 
 def _give_up(item: Item, message: str) -> Item:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from milepost.errors import InvalidArgument, Unavailable
+from milepost.errors import InvalidArgument, ResourceExhausted, Unavailable
 from milepost.types import (
     DropReason,
     Group,
@@ -177,6 +177,14 @@ async def test_a_batch_that_is_refused_as_a_whole_is_released_as_failed():
     (how,) = s.ledger.releases
     assert how["ids"] == ["a", "b"]
     assert "too many bytes" in how["detail"]
+
+
+async def test_a_full_redis_is_waited_for_and_no_reason_to_give_groups_up():
+    s = Setup()
+    s.ledger.fail = [ResourceExhausted("full", reason="REDIS_FULL", retry_after_s=0.001) for _ in range(2)]
+    await s.settle(seal("p"))
+    assert s.ledger.releases == []
+    assert s.counters.groups_sealed == 1
 
 
 async def test_nothing_is_thrown_away_while_the_ledger_is_away():
