@@ -1,0 +1,90 @@
+"""`milepost health` against a real server: its health, of one service and of all, and what is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+
+from milepost.cli import main as cli
+from milepost.cli.health import check
+from milepost.errors import InvalidArgument, NotFound, Unavailable
+from milepost_common.server import GrpcServer
+
+
+def nothing_to_add(servicer: object, server: object) -> None:
+    """A service without methods: health and reflection alone are served."""
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[GrpcServer]:
+    async with GrpcServer(listen="127.0.0.1:0", grace_s=0.1) as server:
+        server.add(nothing_to_add, None, "milepost.v1.BufferService")
+        await server.start()
+        yield server
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+async def test_a_server_and_its_service_serve(server: GrpcServer) -> None:
+    await check(server.address)
+    await check(server.address, service="milepost.v1.BufferService")
+
+
+async def test_a_service_that_is_not_there_is_named(server: GrpcServer) -> None:
+    with pytest.raises(NotFound):
+        await check(server.address, service="milepost.v1.Nonsense")
+
+
+async def test_a_server_that_stops_does_not_serve(server: GrpcServer) -> None:
+    await server._health.enter_graceful_shutdown()
+    with pytest.raises(Unavailable, match="does not serve"):
+        await check(server.address)
+
+
+async def test_the_command_ends_with_0_where_it_serves(
+    server: GrpcServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert await asyncio.to_thread(cli.main, ["health", server.address]) == cli.OK
+    assert "serves" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "http://127.0.0.1:{}/health"])
+def test_the_command_ends_with_1_where_nobody_listens(
+    form: str, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["health", form.format(free_port)]) == cli.FAILED
+    assert str(free_port) in capsys.readouterr().err
+
+
+async def test_an_http_address_is_asked_by_get(capsys: pytest.CaptureFixture[str]) -> None:
+    replies = iter([b"HTTP/1.1 200 OK", b"HTTP/1.1 503 Service Unavailable"])
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(next(replies) + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/health"
+        assert await asyncio.to_thread(cli.main, ["health", url]) == cli.OK
+        assert await asyncio.to_thread(cli.main, ["health", url]) == cli.FAILED
+    assert "503" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["ftp://there:1", "file:///etc/passwd"])
+def test_another_scheme_is_a_wrong_command_line(target: str) -> None:
+    assert cli.main(["health", target]) == cli.USAGE
+
+
+async def test_a_name_too_long_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="longer than"):
+        await check("127.0.0.1:1", service="x" * 200)
