@@ -132,6 +132,7 @@ class EmbeddedRedis:
         assert self._lock is not None
         self._socket.unlink(missing_ok=True)
         log_file = (self.data_dir / "redis.log").open("ab")
+        parent = os.getpid()
         try:
             self._process = await asyncio.create_subprocess_exec(
                 self._binary,
@@ -141,7 +142,7 @@ class EmbeddedRedis:
                 stderr=log_file,
                 pass_fds=(self._lock.fileno(),),
                 start_new_session=True,  # Ctrl-C in a terminal is for the parent, which stops the child last
-                preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+                preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent=parent),
             )
         finally:
             log_file.close()
@@ -175,7 +176,12 @@ class EmbeddedRedis:
             )
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RESTART_DELAY_S)
-            await self._spawn()
+            try:
+                await self._spawn()
+            except (
+                OSError
+            ) as error:  # no memory, no processes: this round found it dead, and so will the next
+                log.error("embedded redis cannot be started: %s; trying again", error)
 
     async def _stop(self) -> None:
         process = self._process

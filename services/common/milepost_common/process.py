@@ -89,11 +89,16 @@ def tune_malloc() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * _MMAP_THRESHOLD_BYTES)
 
 
-def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Asks the kernel for `number` when the parent ends (Linux), so that no child outlives its owner."""
+def die_with_parent(number: signal.Signals = signal.SIGTERM, *, parent: int | None = None) -> None:
+    """Asks the kernel for `number` when the parent ends (Linux), so that no child outlives its owner.
+
+    Args:
+      number: the signal.
+      parent: the parent's process id, where it is known: it may have ended before this is called.
+    """
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    parent = os.getppid() if parent is None else parent
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:  # it went away before the request
         os.kill(os.getpid(), number)
