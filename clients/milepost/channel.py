@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
 from grpc.aio import Channel
 
+from milepost.errors import InvalidArgument
+
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/\[\]]+):(\d{1,5})")
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 REDIS_RUN_ID_KEY = "x-milepost-redis-run-id"
 
@@ -57,6 +61,20 @@ class RetryPolicy:
 
 DEFAULT_RETRY = RetryPolicy()
 NO_RETRY = RetryPolicy(retry_for_s=0.0)
+
+
+def check_address(field: str, value: str, *, lowest_port: int = 1) -> None:
+    """Refuses what is not `host:port`; gRPC itself would take port 99999 for another one.
+
+    Raises:
+      InvalidArgument: names the field, the value and the remedy.
+    """
+    match = _ADDRESS.fullmatch(value)
+    if not match or not lowest_port <= int(match[2]) <= 65535:
+        raise InvalidArgument(
+            f"{field} = {value!r}: no address; give host:port, with a port from {lowest_port} to 65535",
+            reason="BAD_SETTING",
+        )
 
 
 def open_channel(address: str) -> Channel:

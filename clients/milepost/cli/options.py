@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from milepost.channel import RetryPolicy
+from milepost.channel import RetryPolicy, check_address
 from milepost.errors import MilepostError, Unavailable
 
+_RUN_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PATIENCE = RetryPolicy(retry_for_s=5.0)
 DEFAULTS: Mapping[str, str] = {
     "buffer": "127.0.0.1:7101",
@@ -29,11 +30,23 @@ DEFAULTS: Mapping[str, str] = {
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Adds `--run` and `--run-dir`."""
     parser.add_argument(
-        "--run", dest="run_id", default="default", metavar="RUN", help="the run (default: %(default)s)"
+        "--run",
+        dest="run_id",
+        type=_run_name,
+        default="default",
+        metavar="RUN",
+        help="the run (default: %(default)s)",
     )
     parser.add_argument(
         "--run-dir", default="", metavar="DIR", help="of a `milepost up`, for addresses (default: runs/RUN)"
     )
+
+
+def _run_name(value: str) -> str:
+    """A name that a run can have; empty: none."""
+    if value and not _RUN_NAME.fullmatch(value):
+        raise argparse.ArgumentTypeError(f"{value!r}: no run is called so; use 1 to 128 of A-Z a-z 0-9 . _ -")
+    return value
 
 
 def add_address(parser: argparse.ArgumentParser, *services: str) -> None:
@@ -49,8 +62,14 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def address(options: argparse.Namespace, service: str) -> str:
-    """Where a service is reached."""
-    flag = str(getattr(options, service, ""))
+    """Where a service is reached.
+
+    Raises:
+      InvalidArgument: its flag is not `host:port`.
+    """
+    flag = str(getattr(options, service, "") or "")
+    if flag:
+        check_address(f"--{service}", flag)
     run_dir = Path(options.run_dir or f"runs/{options.run_id or 'default'}")
     return flag or _from_up(run_dir, service) or DEFAULTS[service]
 

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from milepost import errors
 from milepost.channel import NO_RETRY
-from milepost.cli.options import add_address, add_run, address
+from milepost.cli.options import add_address, add_run, address, in_words
 from milepost.cli.services import missing_extra
 from milepost.cli.tables import plain
 from milepost.client.rollout import RolloutClient
@@ -174,7 +174,7 @@ class _Stream:
                 answered_s = time.monotonic() if answers else answered_s
                 if time.monotonic() - answered_s > self.options.retry_s:
                     raise
-                print(f"milepost rollout: {error}; asking again", file=sys.stderr, flush=True)
+                print(f"milepost rollout: {in_words(error)}; asking again", file=sys.stderr, flush=True)
             await asyncio.sleep(_DELAY_S)
 
     async def _prompts(self, lines: Any) -> AsyncIterator[Prompt]:

@@ -25,7 +25,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from milepost import errors
-from milepost.channel import SERVER_OPTIONS
+from milepost.channel import SERVER_OPTIONS, check_address
 from milepost.status import DETAILS_KEY, to_status_bytes
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,10 @@ class GrpcServer:
         """Binds and serves; the port is known afterwards.
 
         Raises:
+          InvalidArgument: the address is not one.
           Unavailable: the address cannot be bound.
         """
+        check_address("listen", self._listen, lowest_port=0)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
