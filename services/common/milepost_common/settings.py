@@ -109,7 +109,9 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
     lines: list[str] = []
     for item in error.errors():
         path = [str(p) for p in item["loc"]]
-        name = ".".join([getattr(kind, "table", "") or kind.__name__, *path])
+        name = ".".join(
+            path if _is_table(kind, path) else [getattr(kind, "table", "") or kind.__name__, *path]
+        )
         if item["type"] == "extra_forbidden":
             known = _known_keys(kind, path[:-1])
             lines.append(f"unknown setting {name} = {item['input']!r}; {nearest(path[-1], known)}")
@@ -118,6 +120,11 @@ def explain(kind: type[BaseModel], error: ValidationError) -> str:
         else:
             lines.append(f"setting {name} = {item['input']!r}: {item['msg']}")
     return "\n".join(lines)
+
+
+def _is_table(kind: type[BaseModel], path: Sequence[str]) -> bool:
+    """True where the path starts with a table of its own, as in `run.groups_per_step`."""
+    return bool(path) and path[0] in getattr(kind, "tables", ())
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
