@@ -77,6 +77,14 @@ def test_bad_settings_fail_at_once_unless_they_were_good_before(*, was_ready: bo
     assert life.phase is phase
 
 
+def test_bad_settings_that_show_after_being_ready_are_believed_in_the_end() -> None:
+    life, phases = Life(), []
+    for code in (2, 2, 1, 2, 2, 2):
+        life, _ = life.spawned().ready(0.0).exited(code, now_s=1, policy=POLICY)
+        phases.append(life.phase)
+    assert phases == [Phase.BACKOFF] * 5 + [Phase.FAILED]
+
+
 @pytest.mark.parametrize("ready", [False, True])
 def test_a_final_status_is_the_end(*, ready: bool) -> None:
     life = Life().spawned()
@@ -101,7 +109,7 @@ def test_a_readiness_line_counts_only_while_starting() -> None:
 def test_delays_are_bounded_and_a_failure_needs_its_cause(
     events: list[tuple[float, bool, float, int]],
 ) -> None:
-    life, now_s, early = Life(), 0.0, 0
+    life, now_s, early, refusals = Life(), 0.0, 0, 0
     for start_s, ready, up_s, code in events:
         life = life.spawned()
         now_s += start_s
@@ -110,12 +118,14 @@ def test_delays_are_bounded_and_a_failure_needs_its_cause(
             now_s += up_s
         else:
             early += 1
+        refusals = refusals + 1 if code == 2 else 0
         life, delay_s = life.exited(code, now_s=now_s, policy=POLICY)
         assert 0 <= delay_s <= POLICY.max_delay_s
         if life.phase is Phase.FAILED:
-            assert not ready
-            assert early >= POLICY.crash_limit or (code == 2 and not life.was_ready)
+            worn_out = not ready and early >= POLICY.crash_limit
+            assert worn_out or refusals >= POLICY.crash_limit or (code == 2 and not life.was_ready)
             return
         assert life.phase is Phase.BACKOFF
         assert early < POLICY.crash_limit or life.was_ready
+        assert refusals < POLICY.crash_limit
         now_s += delay_s

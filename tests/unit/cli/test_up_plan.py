@@ -27,6 +27,10 @@ FILE = '[run]\nrun_id = "x"\n[trainer]\nmodel_dir = "the-model"\n'
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for model in ("the-model", "other", "m"):
+        Path(model).mkdir()
+        Path(model, "config.json").write_text("{}")
+    Path("d.jsonl").write_text("")
 
 
 def plan(text: str = FILE, *flags: str, environ: dict[str, str] | None = None) -> Plan:
@@ -141,6 +145,9 @@ def test_free_ports_are_kept_on_a_restart() -> None:
         ("", (), "trainer.model_dir is missing"),
         ("", ("--no-trainer",), "engine.model is missing"),
         (FILE + "[rollout]\ntokeniser = 1\n", (), "did you mean tokenizer"),
+        (FILE, ("--feed", "none.jsonl"), r"up\.feed = 'none.jsonl': no such file"),
+        (FILE.replace("the-model", "gone"), (), r"trainer\.model_dir = 'gone': there is no such folder"),
+        (FILE + '[engine]\nmodel = "."\n', (), r"engine\.model = '\.': it holds no config\.json"),
     ],
 )
 def test_every_service_is_checked_before_anything_starts(text: str, flags: Any, named: str) -> None:

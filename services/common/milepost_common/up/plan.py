@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from milepost.errors import InvalidArgument
 from milepost_common.catalogue import effective, given_keys, settings_class
 from milepost_common.settings import ServiceSettings, load
 from milepost_common.up.settings import UpSettings
@@ -52,7 +53,7 @@ def make_plan(settings: UpSettings, *, config: str, environ: Mapping[str, str] =
       environ: environment of the children.
 
     Raises:
-      InvalidArgument: a setting of a service is wrong or missing.
+      InvalidArgument: a setting of a service is wrong or missing, or names a file that is not there.
     """
     run_id = _run_id(config, environ)
     run_dir = Path(settings.run_dir or f"runs/{run_id}")
@@ -92,6 +93,7 @@ class _Planner:
         name = f"engine-{index}"
         model = self._unless_given("engine", "model", self._value("trainer", "model_dir"))
         service = self._service("engine", *model)
+        _check_model("engine.model", str(getattr(service.values, "model", "")))
         fixed = model + service.known("engine_id", name) + service.known("run_id", self._run_id)
         base = int(getattr(service.values, "port", 0))
 
@@ -127,6 +129,7 @@ class _Planner:
 
     def _trainer(self) -> ChildSpec:
         service = self._service("trainer")
+        _check_model("trainer.model_dir", str(getattr(service.values, "model_dir", "")))
         fixed = service.default("checkpoint.dir", str(self._run_dir / "checkpoints"))
         fixed += service.default("metrics.dir", str(self._run_dir))
         fixed += service.default("publish.disk_dir", str(self._run_dir / "weights"))
@@ -141,6 +144,10 @@ class _Planner:
         return replace(spec, final_codes=_TRAINER_FINAL, ends_run=_TRAINER_ENDS_RUN)
 
     def _feed(self) -> ChildSpec:
+        if not Path(self._up.feed).is_file():
+            raise InvalidArgument(
+                f"setting up.feed = {self._up.feed!r}: no such file; give a JSONL file of prompts"
+            )
         acknowledged = self._up.feed_acknowledged or str(self._run_dir / "acknowledged.jsonl")
 
         def command(at: Addresses) -> list[str]:
@@ -219,6 +226,13 @@ class _Service:
     def default(self, key: str, value: str) -> list[str]:
         """A flag, if nobody set it."""
         return [f"--{key}", value] if key not in self.given else []
+
+
+def _check_model(key: str, folder: str) -> None:
+    """The folder of a model: what starts first would otherwise run until the engines have looked."""
+    if not (Path(folder) / "config.json").is_file():
+        why = "it holds no config.json" if Path(folder).is_dir() else "there is no such folder"
+        raise InvalidArgument(f"setting {key} = {folder!r}: {why}; name a Hugging Face model folder")
 
 
 def _has(kind: type[ServiceSettings], key: str) -> bool:

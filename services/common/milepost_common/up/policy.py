@@ -7,10 +7,13 @@
                           BACKOFF <------------+
     any running state: exit code that is final -> DONE;  asked to stop, then exited -> STOPPED
     STARTING: bad settings (exit 2, never ready), or too many early deaths -> FAILED
+    STARTING, READY: bad settings `crash_limit` times in a row -> FAILED
 
 An *early death* is one before the child was ready. `crash_limit` of them within `window_s` are a failure;
 while it has never been ready at all they count whenever they happened, for then nothing suggests that waiting
-helps. The supervisor owns one `Life` a child and replaces it at each event; time comes from outside.
+helps. Some settings are found wrong only after a child is ready (a run's reward, once there is a run): such a
+child says so with exit 2 each time, and is believed in the end. The supervisor owns one `Life` a child and
+replaces it at each event; time comes from outside.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ class RestartPolicy:
       first_delay_s: wait before the first restart; doubles with each further death, up to `max_delay_s`.
       max_delay_s: longest wait.
       settled_s: a child that was ready for this long starts over with the first delay.
-      crash_limit: early deaths that make a failure.
+      crash_limit: early deaths, or exits for bad settings, that make a failure.
       window_s: within this time.
     """
 
@@ -73,6 +76,7 @@ class Life:
     was_ready: bool = False
     deaths_in_a_row: int = 0
     early_deaths_s: tuple[float, ...] = ()
+    refusals_in_a_row: int = 0
     exit_code: int | None = None
 
     def spawned(self) -> Life:
@@ -110,7 +114,8 @@ class Life:
         Returns:
           The new account, and the seconds to wait before the next start (0 unless the phase is BACKOFF).
         """
-        ended = replace(self, exit_code=code)
+        refusals = self.refusals_in_a_row + 1 if code == BAD_SETTINGS else 0
+        ended = replace(self, exit_code=code, refusals_in_a_row=refusals)
         if self.phase is Phase.STOPPING:
             return replace(ended, phase=Phase.STOPPED), 0.0
         if code in final_codes:
@@ -121,8 +126,8 @@ class Life:
         else:
             in_a_row = self.deaths_in_a_row
             ended = replace(ended, early_deaths_s=(*self._recent(now_s, policy), now_s))
-            if self._hopeless(code, len(ended.early_deaths_s), policy):
-                return replace(ended, phase=Phase.FAILED), 0.0
+        if ended._hopeless(policy):
+            return replace(ended, phase=Phase.FAILED), 0.0
         delay_s = min(policy.max_delay_s, policy.first_delay_s * 2.0**in_a_row)
         return replace(ended, phase=Phase.BACKOFF, deaths_in_a_row=in_a_row + 1), delay_s
 
@@ -131,6 +136,7 @@ class Life:
             return self.early_deaths_s
         return tuple(at for at in self.early_deaths_s if now_s - at <= policy.window_s)
 
-    def _hopeless(self, code: int, early_deaths: int, policy: RestartPolicy) -> bool:
-        bad_settings = code == BAD_SETTINGS and not self.was_ready
-        return bad_settings or early_deaths >= policy.crash_limit
+    def _hopeless(self, policy: RestartPolicy) -> bool:
+        if self.exit_code == BAD_SETTINGS and not self.was_ready:
+            return True
+        return max(len(self.early_deaths_s), self.refusals_in_a_row) >= policy.crash_limit

@@ -180,6 +180,8 @@ class Supervisor:
         how = f"pid {pid} {_how_it_ended(code)}"
         if life.phase is Phase.BACKOFF:
             self._tell(kept, f"{how}; again in {delay_s:.1f} s; log: {kept.log}")
+            if code > 0:
+                self._show_log(kept, num_lines=1)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
             return
@@ -192,6 +194,8 @@ class Supervisor:
             if verdict != OK:
                 self._show_log(kept)
             self._decide(verdict)
+        elif life.phase is Phase.DONE and code != OK:
+            self._show_log(kept)
 
     # ------------------------------------------------------------------ the end
 
@@ -233,9 +237,10 @@ class Supervisor:
         clock = time.strftime("%H:%M:%S")
         self._report(f"{clock} {kept.spec.name:<10} {kept.life.phase.value:<10} {pid:<11} {text}".rstrip())
 
-    def _show_log(self, kept: _Kept) -> None:
-        self._report(f"--- last lines of {kept.log}")
-        for line in tail(kept.log):
+    def _show_log(self, kept: _Kept, *, num_lines: int = 20) -> None:
+        if num_lines > 1:
+            self._report(f"--- last lines of {kept.log}")
+        for line in tail(kept.log, num_lines=num_lines):
             self._report(f"    {line}")
 
     def _write_state(self) -> None:
