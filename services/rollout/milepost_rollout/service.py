@@ -54,13 +54,14 @@ C = TypeVar("C", bound=ServiceClient)
 
 
 async def serve(settings: RolloutSettings, stop: asyncio.Event) -> int:
-    """Runs the gateway; returns its exit status: 0 after a clean stop, 1 after an error that was logged."""
+    """Runs the gateway; returns its exit status: 0 after a clean stop, 2 when a setting or the run's reward
+    cannot be used, 1 after any other error; either was logged."""
     try:
         async with AsyncExitStack() as stack:
             await _run(settings, stack, stop)
     except MilepostError as error:
         log.error("%s", error)
-        return BAD_SETTINGS if error.reason == "BAD_SETTING" else FAILED
+        return BAD_SETTINGS if isinstance(error, InvalidArgument) else FAILED
     return 0
 
 

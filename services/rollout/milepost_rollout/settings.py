@@ -36,7 +36,7 @@ class RolloutSettings(ServiceSettings, table="rollout"):
     """`host:port` of gRPC; port 0 takes a free one."""
     advertise: str = ""
     """`host:port` under which others reach it. Unset: `listen`."""
-    router_http: str = "http://127.0.0.1:7202"
+    router_http: str = Field("http://127.0.0.1:7202", pattern=r"^https?://[^\s/]+")
     """Where `/generate` is: the router, or one engine."""
     router: str = "127.0.0.1:7102"
     """`host:port` of the router's gRPC, asked for the engines' context length. Empty: not asked."""

@@ -170,7 +170,7 @@ async def test_a_reward_that_cannot_be_imported_ends_the_gateway_and_loses_nothi
     await driver.feed(*sums(2))
     common = {"buffer": driver.buffer.address, "run_id": driver.run_id, "router_http": engine.url}
     process, _ = start_gateway(**common, ready=False)
-    assert await asyncio.to_thread(process.wait) == 1
+    assert await asyncio.to_thread(process.wait) == 2
     said = process.log.read_text()
     assert "reward 'my_rewards:score': there is no module 'my_rewards'" in said
     assert "rollout.reward_path" in said
