@@ -20,7 +20,7 @@ from milepost_common.server import GrpcServer
 from milepost_common.settings import load_or_exit
 
 USAGE = "usage: python -m milepost_buffer serve [--config FILE] [--key value ...]"
-STATUS_CANNOT_START = 1
+STATUS_CANNOT_START, STATUS_BAD_SETTINGS = 1, 2
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,9 @@ async def serve(settings: BufferSettings, stop: asyncio.Event) -> int:
             log.info("ledger on %s", ledger.link.url)
             announce("buffer", grpc=server.address)
             await stop.wait()
+    except errors.InvalidArgument as error:
+        print(f"milepost buffer: {error}", file=sys.stderr, flush=True)
+        return STATUS_BAD_SETTINGS
     except errors.MilepostError as error:
         hint = "" if settings.redis_url else f" (log of the embedded server: {settings.data_dir}/redis.log)"
         print(f"milepost buffer: {error}{hint}", file=sys.stderr, flush=True)

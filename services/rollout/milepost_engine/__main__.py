@@ -49,7 +49,15 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         """Listens, then prints the ready line."""
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # uvicorn has logged the cause, and let go of what it had started
+            at = f"port = {self._settings.port} on host = {self._settings.host!r}"
+            print(
+                f"milepost: engine: {at}: cannot listen; is the port taken? choose another one",
+                file=sys.stderr,
+            )
+            raise SystemExit(1) from None
         if not self.started or not self.servers:
             return
         port = self.servers[0].sockets[0].getsockname()[1]

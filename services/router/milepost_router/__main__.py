@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from milepost.errors import MilepostError
+from milepost.errors import InvalidArgument, MilepostError
 from milepost_common.process import run
 from milepost_common.settings import load_or_exit
 from milepost_router.service import serve
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
         return run("router", lambda stop: serve(settings, stop))
     except MilepostError as error:
         print(f"milepost router: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InvalidArgument) else 1
 
 
 if __name__ == "__main__":
