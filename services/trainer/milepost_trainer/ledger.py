@@ -64,6 +64,11 @@ class Ledger:
         """The run as it is now."""
         return await self._patiently(lambda: self._client.get_run(self._run_id))
 
+    async def read_stats(self) -> t.RunStats:
+        """Counts of the run as they are now."""
+        (stats,) = await self._patiently(lambda: self._client.get_stats(self._run_id))
+        return stats
+
     async def open_term(self) -> t.ResumePoint:
         """Fence every older trainer of the run."""
         point = await self._patiently(lambda: self._client.resume_consumer(self._run_id))

@@ -2,13 +2,13 @@
 
     resume:  fence (new term) -> newest valid checkpoint c (or save checkpoint 0) -> state c to the ledger
     step s:  lease(s) -> [micro-batches -> optimizer] * updates -> commit(s) -> publish -> checkpoint -> trim
-    end:     sources exhausted, num_steps reached or stopped -> publish -> checkpoint -> (export)
+    end:     sources exhausted, num_steps reached or stopped -> publish -> checkpoint -> (export, account)
 
     what runs                 consumes                   waits for              unblocked by
     wait for lease            groups of step s           step s being full      gateways sealing groups
-    prefetch of s + 1         groups of step s + 1       the same               the same; never across
-    num_steps publisher.catch_up        weights at rest            engines, the router    its deadline, then
-    backs off checkpoint                weights at rest            the disk               itself
+    prefetch of s + 1         groups of step s + 1       the same               the same; never past num_steps
+    publisher.catch_up        weights at rest            engines, the router    its deadline; backs off then
+    checkpoint                weights at rest            the disk               itself
 
 Weights are at rest everywhere but inside ``finish_update``; between two updates of one step they belong to no
 label, so publication happens before the first update of a step, after the last, and while waiting. Replay is
@@ -143,8 +143,12 @@ class StepLoop:
 
     # ------------------------------------------------------------------ running
 
-    async def run(self) -> None:
-        """Train until the end of the run or a stop, then leave everything as a successor wants it."""
+    async def run(self) -> bool:
+        """Train until the end of the run or a stop, then leave everything as a successor wants it.
+
+        Returns:
+            False when the run is over and not one of the prompts that it accepted was trained.
+        """
         finished = False
         try:
             while not (finished := self._reached_the_end()) and await self._may_start():
@@ -160,7 +164,7 @@ class StepLoop:
             for task in self._leases.values():
                 task.cancel()
             await asyncio.gather(*self._leases.values(), return_exceptions=True)
-        await self._end(finished=finished)
+        return await self._end(finished=finished)
 
     def _reached_the_end(self) -> bool:
         return 0 < self._settings.num_steps <= self._state.step
@@ -331,8 +335,8 @@ class StepLoop:
         state.save_wanted = False
         state.announce()
 
-    async def _end(self, *, finished: bool) -> None:
-        """Publish what is due, save, and export if the run is finished."""
+    async def _end(self, *, finished: bool) -> bool:
+        """Publish what is due and save; if the run is finished, export and account for its prompts."""
         deadline = time.monotonic() + self._settings.publish.timeout_s
         if finished:
             self._publisher.moved_to(self._state.step, due=True)
@@ -341,11 +345,17 @@ class StepLoop:
             if await self._tend(timeout_s=left):
                 break
         await self._save()
+        path = export_dir(self._settings.export_dir, self._settings.checkpoint.dir)
         if finished:
-            path = export_dir(self._settings.export_dir, self._settings.checkpoint.dir)
             await self._crew.call("export", str(path))
-            log.info("run finished after step %d; model in %s", self._state.step, path)
         self._state.enter("finished")
+        if not finished:
+            return True
+        stats = await self._unless_stopped(self._ledger.read_stats())
+        if stats is None:
+            return True
+        log.info("run finished after step %d; model in %s; %s", self._state.step, path, in_words(stats))
+        return bool(stats.trained) or not stats.accepted
 
     async def _unless_stopped(self, work: Awaitable[T]) -> T | None:
         """Await something, or cancel it when told to stop."""
@@ -369,3 +379,14 @@ class StepLoop:
             yield
         finally:
             self._state.enter(before, waiting)
+
+
+def in_words(stats: t.RunStats) -> str:
+    """What became of the run's prompts: trained, dropped by reason, still in flight."""
+    counts = {
+        "dropped": sum(stats.dropped.values()),
+        "in flight": stats.waiting + stats.rolling + stats.ready + stats.assigned,
+    }
+    why = ", ".join(f"{reason} {n}" for reason, n in sorted(stats.dropped.items()) if n)
+    parts = [f"{n} {name}" + (f" ({why})" if name == "dropped" else "") for name, n in counts.items() if n]
+    return ", ".join((f"{stats.trained} of {stats.accepted} prompts trained", *parts))

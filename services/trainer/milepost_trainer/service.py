@@ -15,14 +15,14 @@ import math
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from milepost.channel import NO_RETRY, RetryPolicy
 from milepost.client.buffer import BufferClient
 from milepost.client.router import RouterClient
-from milepost.errors import DataLoss, DeadlineExceeded, MilepostError, StaleTerm, Unavailable
+from milepost.errors import DataLoss, DeadlineExceeded, InvalidArgument, MilepostError, StaleTerm, Unavailable
 from milepost.v1 import trainer_pb2_grpc
 from milepost_common.process import announce
 from milepost_common.server import GrpcServer
@@ -46,13 +46,21 @@ from milepost_trainer.world import World, join, leave
 
 log = logging.getLogger(__name__)
 
-OK, FAILED, REPLACED = 0, 1, 3
+T = TypeVar("T")
+
+OK, FAILED, BAD_SETTINGS, REPLACED, NOTHING_TRAINED = 0, 1, 2, 3, 4
 _FETCH_AGAIN_S = 1.0
 _PATIENT = RetryPolicy(retry_for_s=math.inf)
 
 
 async def serve(settings: TrainerSettings, stop: asyncio.Event) -> int:
-    """Run this rank; returns its exit status: 0 done or stopped, 1 failed, 3 another trainer took over."""
+    """Run this rank.
+
+    Returns:
+        Its exit status: 0 done or stopped, 1 failed, 2 a setting cannot be used, 3 another trainer took over,
+        4 the run is over and none of its prompts was trained.
+    """
+    trained = True
     try:
         async with AsyncExitStack() as stack:
             world, learner = await asyncio.to_thread(build_learner, settings)
@@ -62,7 +70,7 @@ async def serve(settings: TrainerSettings, stop: asyncio.Event) -> int:
             stack.push_async_callback(rank.close)
             await rank.on_thread(lambda: torch.set_num_threads(settings.threads))
             if world.leads:
-                await _lead(settings, rank, stack, stop)
+                trained = await _lead(settings, rank, stack, stop)
             else:
                 await rank.follow()
     except StaleTerm as error:
@@ -70,7 +78,10 @@ async def serve(settings: TrainerSettings, stop: asyncio.Event) -> int:
         return REPLACED
     except (MilepostError, OSError) as error:
         log.error("%s", error)
-        return FAILED
+        return BAD_SETTINGS if isinstance(error, InvalidArgument) else FAILED
+    if not trained:
+        log.error("nothing was trained: the line before says why each prompt was dropped")
+        return NOTHING_TRAINED
     return OK
 
 
@@ -109,8 +120,8 @@ class _Fetcher:
         return got
 
 
-async def _lead(settings: TrainerSettings, rank: Rank, stack: AsyncExitStack, stop: asyncio.Event) -> None:
-    """Rank 0: lead the others through the run."""
+async def _lead(settings: TrainerSettings, rank: Rank, stack: AsyncExitStack, stop: asyncio.Event) -> bool:
+    """Rank 0: lead the others through the run; returns what `StepLoop.run` does."""
     run_id, world = settings.run.run_id, rank.world
     crew = Crew(rank)
     state = TrainerState(run_id=run_id, world_size=world.size)
@@ -135,36 +146,38 @@ async def _lead(settings: TrainerSettings, rank: Rank, stack: AsyncExitStack, st
     server.add(trainer_pb2_grpc.add_TrainerServiceServicer_to_server, TrainerServicer(state), SERVICE)
     async with server:
         await server.start()
-        await _beside(_run(loop, server.address, stop), [publisher.watch(), crew.keep_alive()])
+        trained = await _beside(_run(loop, server.address, stop), [publisher.watch(), crew.keep_alive()])
         await crew.call("stop")
+    return trained
 
 
-async def _run(loop: StepLoop, address: str, stop: asyncio.Event) -> None:
+async def _run(loop: StepLoop, address: str, stop: asyncio.Event) -> bool:
     """Resume, say so, and train; a stop ends it also while the buffer is away."""
     resuming, stopped = asyncio.create_task(loop.resume()), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([resuming, stopped], return_when=asyncio.FIRST_COMPLETED)
         if not resuming.done():
-            return
+            return True
         resuming.result()
     finally:
         resuming.cancel()
         stopped.cancel()
         await asyncio.gather(resuming, stopped, return_exceptions=True)
     announce("trainer", grpc=address)
-    await loop.run()
+    return await loop.run()
 
 
-async def _beside(main: Coroutine[Any, Any, None], others: Sequence[Coroutine[Any, Any, None]]) -> None:
+async def _beside(main: Coroutine[Any, Any, T], others: Sequence[Coroutine[Any, Any, None]]) -> T:
     """Run `main` to its end with the others beside it; an error of any of them ends all."""
     first = asyncio.create_task(main)
-    tasks = [first, *(asyncio.create_task(other) for other in others)]
+    tasks: list[asyncio.Task[Any]] = [first, *(asyncio.create_task(other) for other in others)]
     try:
         pending = set(tasks)
         while not first.done():
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+        return first.result()
     finally:
         for task in tasks:
             task.cancel()
