@@ -101,12 +101,35 @@ class ServiceClient:
             await asyncio.sleep(random.uniform(0.5, 1.0) * delay)
             delay = min(2 * delay, self._retry.max_delay_s)
 
-    async def _stream(self, method: Any, request: Any, *, timeout_s: float | None) -> AsyncIterator[Any]:
-        """Iterates over a server's stream; not retried, for the consumer knows where it stands."""
+    async def _stream(
+        self, method: Any, request: Any, *, timeout_s: float | None = None, quiet_s: float | None = None
+    ) -> AsyncIterator[Any]:
+        """Iterates over a server's stream; not retried, for the consumer knows where it stands.
+
+        Args:
+          method: of the stub.
+          request: its request.
+          timeout_s: deadline of the whole stream.
+          quiet_s: longest time that the server may stay silent by the contract, for streams that may last for
+            ever; to it comes the client's own deadline.
+
+        Raises:
+          DeadlineExceeded: one of the two passed.
+        """
         call = method(request, timeout=timeout_s)
+        messages = aiter(call)
+        silence_s = None if quiet_s is None else quiet_s + self._timeout_s
         try:
-            async for message in call:
+            while True:
+                async with asyncio.timeout(silence_s):
+                    message = await anext(messages, None)
+                if message is None:
+                    return
                 yield message
+        except TimeoutError:
+            raise errors.DeadlineExceeded(
+                f"{self.address}: nothing came for {silence_s:g} s on a stream; is the service stuck?"
+            ) from None
         except AioRpcError as rpc_error:
             raise self._explain(from_rpc_error(rpc_error)) from rpc_error
         finally:

@@ -51,7 +51,7 @@ class RouterClient(ServiceClient):
     async def watch_fleet(self, run_id: str = "", *, max_interval_s: float = 10.0) -> AsyncIterator[t.Fleet]:
         """Streams the fleet now, at each change, and at least every `max_interval_s`."""
         request = pb.WatchFleetRequest(run_id=run_id, max_interval=duration(max_interval_s))
-        async for message in self._stream(self._stub.WatchFleet, request, timeout_s=None):
+        async for message in self._stream(self._stub.WatchFleet, request, quiet_s=max_interval_s):
             yield from_proto(t.Fleet, message)
 
     async def prepare_weights(self, request: t.PrepareRequest) -> t.Prepared:

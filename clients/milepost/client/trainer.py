@@ -38,8 +38,10 @@ class TrainerClient(ServiceClient):
         """Goes on."""
         await self._call(self._stub.ResumeTraining, pb.ResumeTrainingRequest())
 
-    async def watch_steps(self, *, after_step: int = 0) -> AsyncIterator[t.StepMetrics]:
-        """Streams the metrics of each step."""
-        request = pb.WatchStepsRequest(after_step=after_step)
-        async for message in self._stream(self._stub.WatchSteps, request, timeout_s=None):
+    async def watch_steps(
+        self, *, after_step: int = 0, max_wait_s: float = 60.0
+    ) -> AsyncIterator[t.StepMetrics]:
+        """Streams the metrics of each step; ends with the run, or after `max_wait_s` without a step."""
+        request = pb.WatchStepsRequest(after_step=after_step, max_wait=duration(max_wait_s))
+        async for message in self._stream(self._stub.WatchSteps, request, quiet_s=max_wait_s):
             yield from_proto(t.StepMetrics, message)

@@ -62,7 +62,7 @@ class WeightClient(ServiceClient):
         request = pb.WatchVersionsRequest(
             run_id=run_id, after_version=after_version, max_wait=duration(max_wait_s)
         )
-        async for message in self._stream(self._stub.WatchVersions, request, timeout_s=None):
+        async for message in self._stream(self._stub.WatchVersions, request, quiet_s=max_wait_s):
             yield from_proto(t.WeightVersion, message.version)
 
     async def lease_router(

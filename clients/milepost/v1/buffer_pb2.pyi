@@ -400,7 +400,9 @@ class PutPromptsRequest(_message.Message):
     source_id: _builtins.str
     """The source, opened before. Empty: an anonymous source, without cursor and never awaited at the end of a run."""
     expected_cursor: _builtins.str
-    """The cursor that the client believes is stored; another one there: FAILED_PRECONDITION with both. Ignored for an
+    """The cursor that the client believes is stored. Another one there: FAILED_PRECONDITION with both, unless the stored
+    cursor is that of an item of this batch and all items up to it are in the ledger with the same content: then the
+    batch is a repetition, those items count as accepted and as duplicates, and the rest is put. Ignored for an
     anonymous source.
     """
     @_builtins.property

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19milepost/v1/trainer.proto\x12\x0bmilepost.v1\x1a\x1egoogle/protobuf/duration.proto\"\x19\n\x17GetTrainerStatusRequest\"\xf2\x01\n\x18GetTrainerStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x13\n\x0bwaiting_for\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12\x16\n\x0epublished_step\x18\x06 \x01(\x04\x12\x16\n\x0eweight_version\x18\x07 \x01(\x04\x12\x17\n\x0f\x63heckpoint_step\x18\x08 \x01(\x04\x12\x12\n\nworld_size\x18\t \x01(\r\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\x15SaveCheckpointRequest\x12+\n\x08max_wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\x16SaveCheckpointResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04path\x18\x02 \x01(\t\"\x16\n\x14PauseTrainingRequest\"%\n\x15PauseTrainingResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\"\x17\n\x15ResumeTrainingRequest\"\x18\n\x16ResumeTrainingResponse\"\'\n\x11WatchStepsRequest\x12\x12\n\nafter_step\x18\x01 \x01(\x04\"\x91\x01\n\x12WatchStepsResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12=\n\x07metrics\x18\x02 \x03(\x0b\x32,.milepost.v1.WatchStepsResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xd0\x03\n\x0eTrainerService\x12_\n\x10GetTrainerStatus\x12$.milepost.v1.GetTrainerStatusRequest\x1a%.milepost.v1.GetTrainerStatusResponse\x12Y\n\x0eSaveCheckpoint\x12\".milepost.v1.SaveCheckpointRequest\x1a#.milepost.v1.SaveCheckpointResponse\x12V\n\rPauseTraining\x12!.milepost.v1.PauseTrainingRequest\x1a\".milepost.v1.PauseTrainingResponse\x12Y\n\x0eResumeTraining\x12\".milepost.v1.ResumeTrainingRequest\x1a#.milepost.v1.ResumeTrainingResponse\x12O\n\nWatchSteps\x12\x1e.milepost.v1.WatchStepsRequest\x1a\x1f.milepost.v1.WatchStepsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19milepost/v1/trainer.proto\x12\x0bmilepost.v1\x1a\x1egoogle/protobuf/duration.proto\"\x19\n\x17GetTrainerStatusRequest\"\xf2\x01\n\x18GetTrainerStatusResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x13\n\x0bwaiting_for\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12\x16\n\x0epublished_step\x18\x06 \x01(\x04\x12\x16\n\x0eweight_version\x18\x07 \x01(\x04\x12\x17\n\x0f\x63heckpoint_step\x18\x08 \x01(\x04\x12\x12\n\nworld_size\x18\t \x01(\r\x12)\n\x06uptime\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"D\n\x15SaveCheckpointRequest\x12+\n\x08max_wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\x16SaveCheckpointResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04path\x18\x02 \x01(\t\"\x16\n\x14PauseTrainingRequest\"%\n\x15PauseTrainingResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\"\x17\n\x15ResumeTrainingRequest\"\x18\n\x16ResumeTrainingResponse\"T\n\x11WatchStepsRequest\x12\x12\n\nafter_step\x18\x01 \x01(\x04\x12+\n\x08max_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x91\x01\n\x12WatchStepsResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12=\n\x07metrics\x18\x02 \x03(\x0b\x32,.milepost.v1.WatchStepsResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32\xd0\x03\n\x0eTrainerService\x12_\n\x10GetTrainerStatus\x12$.milepost.v1.GetTrainerStatusRequest\x1a%.milepost.v1.GetTrainerStatusResponse\x12Y\n\x0eSaveCheckpoint\x12\".milepost.v1.SaveCheckpointRequest\x1a#.milepost.v1.SaveCheckpointResponse\x12V\n\rPauseTraining\x12!.milepost.v1.PauseTrainingRequest\x1a\".milepost.v1.PauseTrainingResponse\x12Y\n\x0eResumeTraining\x12\".milepost.v1.ResumeTrainingRequest\x1a#.milepost.v1.ResumeTrainingResponse\x12O\n\nWatchSteps\x12\x1e.milepost.v1.WatchStepsRequest\x1a\x1f.milepost.v1.WatchStepsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,11 +51,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESUMETRAININGRESPONSE']._serialized_start=558
   _globals['_RESUMETRAININGRESPONSE']._serialized_end=582
   _globals['_WATCHSTEPSREQUEST']._serialized_start=584
-  _globals['_WATCHSTEPSREQUEST']._serialized_end=623
-  _globals['_WATCHSTEPSRESPONSE']._serialized_start=626
-  _globals['_WATCHSTEPSRESPONSE']._serialized_end=771
-  _globals['_WATCHSTEPSRESPONSE_METRICSENTRY']._serialized_start=725
-  _globals['_WATCHSTEPSRESPONSE_METRICSENTRY']._serialized_end=771
-  _globals['_TRAINERSERVICE']._serialized_start=774
-  _globals['_TRAINERSERVICE']._serialized_end=1238
+  _globals['_WATCHSTEPSREQUEST']._serialized_end=668
+  _globals['_WATCHSTEPSRESPONSE']._serialized_start=671
+  _globals['_WATCHSTEPSRESPONSE']._serialized_end=816
+  _globals['_WATCHSTEPSRESPONSE_METRICSENTRY']._serialized_start=770
+  _globals['_WATCHSTEPSRESPONSE_METRICSENTRY']._serialized_end=816
+  _globals['_TRAINERSERVICE']._serialized_start=819
+  _globals['_TRAINERSERVICE']._serialized_end=1283
 # @@protoc_insertion_point(module_scope)

@@ -226,16 +226,22 @@ class WatchStepsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     AFTER_STEP_FIELD_NUMBER: _builtins.int
+    MAX_WAIT_FIELD_NUMBER: _builtins.int
     after_step: _builtins.int
     """Only steps above this one. Unset: all that are in memory (the last 1000)."""
+    @_builtins.property
+    def max_wait(self) -> _duration_pb2.Duration:
+        """End the stream after this long without a step (OK, no message). At most 300 s. Unset: 60 s."""
+
     def __init__(
         self,
         *,
         after_step: _builtins.int = ...,
+        max_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_wait", b"max_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_step", b"after_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_step", b"after_step", "max_wait", b"max_wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

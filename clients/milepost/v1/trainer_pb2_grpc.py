@@ -95,7 +95,7 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchSteps(self, request, context):
-        """Streams the metrics of each step, those kept in memory first.
+        """Streams the metrics of each step, those kept in memory first; ends when the trainer has finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,7 @@ class TrainerServiceStub:
     ResumeTraining: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ResumeTrainingRequest, _trainer_pb2.ResumeTrainingResponse]
     """Goes on."""
     WatchSteps: _grpc.UnaryStreamMultiCallable[_trainer_pb2.WatchStepsRequest, _trainer_pb2.WatchStepsResponse]
-    """Streams the metrics of each step, those kept in memory first."""
+    """Streams the metrics of each step, those kept in memory first; ends when the trainer has finished."""
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
@@ -58,7 +58,7 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     ResumeTraining: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ResumeTrainingRequest, _trainer_pb2.ResumeTrainingResponse]  # type: ignore[assignment]
     """Goes on."""
     WatchSteps: _aio.UnaryStreamMultiCallable[_trainer_pb2.WatchStepsRequest, _trainer_pb2.WatchStepsResponse]  # type: ignore[assignment]
-    """Streams the metrics of each step, those kept in memory first."""
+    """Streams the metrics of each step, those kept in memory first; ends when the trainer has finished."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Controls and watches a trainer."""
@@ -101,6 +101,6 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.WatchStepsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_trainer_pb2.WatchStepsResponse], _abc.AsyncIterator[_trainer_pb2.WatchStepsResponse]]:
-        """Streams the metrics of each step, those kept in memory first."""
+        """Streams the metrics of each step, those kept in memory first; ends when the trainer has finished."""
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

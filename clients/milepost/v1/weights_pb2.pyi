@@ -174,7 +174,7 @@ class PublishVersionRequest(_message.Message):
     term: _builtins.int
     """The publisher's term."""
     version: _builtins.int
-    """The reserved number."""
+    """The reserved number, or one that is restated after Redis forgot it."""
     label: _builtins.int
     """The step whose weights it is; the one it was reserved for."""
     allow_older_label: _builtins.bool

@@ -74,7 +74,9 @@ class WeightServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PublishVersion(self, request, context):
-        """Publishes a reserved number with its label. Idempotent. A label below the newest one is refused unless forced.
+        """Publishes a reserved number with its label. Idempotent. A label below the newest one is refused unless forced. A
+        number that the ledger does not know, at or above the next one it would hand out, is accepted as restated: Redis
+        forgot the reservation. An unknown number below that: FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,10 @@ class WeightServiceStub:
     ReserveVersion: _grpc.UnaryUnaryMultiCallable[_weights_pb2.ReserveVersionRequest, _weights_pb2.ReserveVersionResponse]
     """Reserves a number. Idempotent by (term, step, attempt). Fenced by the publisher's term."""
     PublishVersion: _grpc.UnaryUnaryMultiCallable[_weights_pb2.PublishVersionRequest, _weights_pb2.PublishVersionResponse]
-    """Publishes a reserved number with its label. Idempotent. A label below the newest one is refused unless forced."""
+    """Publishes a reserved number with its label. Idempotent. A label below the newest one is refused unless forced. A
+    number that the ledger does not know, at or above the next one it would hand out, is accepted as restated: Redis
+    forgot the reservation. An unknown number below that: FAILED_PRECONDITION.
+    """
     GetVersion: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetVersionRequest, _weights_pb2.GetVersionResponse]
     """Reads one version, or the newest published one."""
     WatchVersions: _grpc.UnaryStreamMultiCallable[_weights_pb2.WatchVersionsRequest, _weights_pb2.WatchVersionsResponse]
@@ -54,7 +57,10 @@ class WeightServiceAsyncStub(WeightServiceStub):
     ReserveVersion: _aio.UnaryUnaryMultiCallable[_weights_pb2.ReserveVersionRequest, _weights_pb2.ReserveVersionResponse]  # type: ignore[assignment]
     """Reserves a number. Idempotent by (term, step, attempt). Fenced by the publisher's term."""
     PublishVersion: _aio.UnaryUnaryMultiCallable[_weights_pb2.PublishVersionRequest, _weights_pb2.PublishVersionResponse]  # type: ignore[assignment]
-    """Publishes a reserved number with its label. Idempotent. A label below the newest one is refused unless forced."""
+    """Publishes a reserved number with its label. Idempotent. A label below the newest one is refused unless forced. A
+    number that the ledger does not know, at or above the next one it would hand out, is accepted as restated: Redis
+    forgot the reservation. An unknown number below that: FAILED_PRECONDITION.
+    """
     GetVersion: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetVersionRequest, _weights_pb2.GetVersionResponse]  # type: ignore[assignment]
     """Reads one version, or the newest published one."""
     WatchVersions: _aio.UnaryStreamMultiCallable[_weights_pb2.WatchVersionsRequest, _weights_pb2.WatchVersionsResponse]  # type: ignore[assignment]
@@ -79,7 +85,10 @@ class WeightServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weights_pb2.PublishVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.PublishVersionResponse, _abc.Awaitable[_weights_pb2.PublishVersionResponse]]:
-        """Publishes a reserved number with its label. Idempotent. A label below the newest one is refused unless forced."""
+        """Publishes a reserved number with its label. Idempotent. A label below the newest one is refused unless forced. A
+        number that the ledger does not know, at or above the next one it would hand out, is accepted as restated: Redis
+        forgot the reservation. An unknown number below that: FAILED_PRECONDITION.
+        """
 
     @_abc_1.abstractmethod
     def GetVersion(

@@ -15,6 +15,7 @@ from milepost_trainer.status import TrainerState
 
 SERVICE = "milepost.v1.TrainerService"
 _MAX_WAIT_S = 3600.0
+_MAX_QUIET_S, _QUIET_S = 300.0, 60.0
 _LOOK_AGAIN_S = 5.0
 
 
@@ -30,9 +31,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
 
     async def SaveCheckpoint(self, request: Any, context: Any) -> Any:
         """Asks for a checkpoint and waits for it as long as the caller wishes."""
-        wait_s = request.max_wait.ToNanoseconds() / 1e9
-        if not 0 <= wait_s <= _MAX_WAIT_S:
-            raise InvalidArgument(f"max_wait is {wait_s} s: give 0 to {_MAX_WAIT_S:.0f} s")
+        wait_s = _max_wait_s(request, default=0.0, most=_MAX_WAIT_S)
         state = self._state
         if state.phase != "finished":
             state.ask_save()
@@ -52,16 +51,35 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServiceServicer):
         return pb.ResumeTrainingResponse()
 
     async def WatchSteps(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Streams steps as they come, those in memory first; ends when the trainer has finished."""
+        """Streams steps as they come, those in memory first; ends with the trainer, or for quiet."""
+        quiet_s = _max_wait_s(request, default=_QUIET_S, most=_MAX_QUIET_S)
+        clock = asyncio.get_running_loop().time
         state, seen = self._state, int(request.after_step)
         last: Any = None
+        until = clock() + quiet_s
         while True:
             for entry in list(state.steps):
                 if entry.step > seen:
                     yield to_proto(entry)
-                    seen, last = entry.step, entry
+                    seen, last, until = entry.step, entry, clock() + quiet_s
             if state.phase == "finished" and (not state.steps or state.steps[-1] is last):
                 return
             if state.phase == "finished" and state.steps[-1].step <= seen:
                 return
-            await state.wait_for_news(timeout_s=_LOOK_AGAIN_S)
+            if (left := until - clock()) <= 0:
+                return
+            await state.wait_for_news(timeout_s=min(left, _LOOK_AGAIN_S))
+
+
+def _max_wait_s(request: Any, *, default: float, most: float) -> float:
+    """The field `max_wait` in seconds.
+
+    Raises:
+        InvalidArgument: it is negative or too long.
+    """
+    if not request.HasField("max_wait"):
+        return default
+    wait_s = request.max_wait.ToNanoseconds() / 1e9
+    if not 0 <= wait_s <= most:
+        raise InvalidArgument(f"max_wait = {wait_s:g} s: give 0 to {most:.0f} s")
+    return wait_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,6 +29,10 @@ class Servicer(buffer_pb2_grpc.BufferServiceServicer):
             raise self.raises.pop(0)
         context.set_trailing_metadata((("x-milepost-redis-run-id", "abc"),))
         return buffer_pb2.GetRunResponse()
+
+    async def FetchGroups(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        yield buffer_pb2.FetchGroupsResponse()
+        await asyncio.Event().wait()
 
     async def GetLedger(self, request: Any, context: Any) -> AsyncIterator[Any]:
         yield buffer_pb2.GetLedgerResponse()
@@ -74,6 +79,16 @@ async def test_a_stream_that_fails_keeps_what_it_sent() -> None:
         with pytest.raises(errors.NotFound, match="create it"):
             async for _ in client.get_ledger("r"):
                 pass
+
+
+async def test_a_stream_that_falls_silent_is_given_up() -> None:
+    async with serving(Servicer()) as server, BufferClient(server.address, timeout_s=0.2) as client:
+        stub = buffer_pb2_grpc.BufferServiceStub(client._channel)
+        stream = client._stream(stub.FetchGroups, buffer_pb2.FetchGroupsRequest(), quiet_s=0.1)
+        assert await anext(stream) == buffer_pb2.FetchGroupsResponse()
+        with pytest.raises(errors.DeadlineExceeded, match=r"nothing came for 0\.3 s"):
+            async with asyncio.timeout(10):
+                await anext(stream)
 
 
 async def test_unavailable_is_retried_and_the_redis_identity_is_kept() -> None:

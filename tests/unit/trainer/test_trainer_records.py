@@ -12,6 +12,7 @@ import pytest
 
 from milepost import TrainerClient
 from milepost import types as t
+from milepost.errors import InvalidArgument
 from milepost.v1 import trainer_pb2_grpc
 from milepost_common.server import GrpcServer
 from milepost_trainer.learner import UpdateReport
@@ -131,3 +132,11 @@ async def test_watchers_see_every_step_once_and_the_end(state: TrainerState, cli
     state.enter("finished")
     await asyncio.wait_for(task, 10)
     assert seen == [2, 3]
+
+
+async def test_watchers_of_a_quiet_trainer_are_let_go(state: TrainerState, client: TrainerClient) -> None:
+    state.add_step(1, {"loss": 0.5})
+    async with asyncio.timeout(10):
+        assert [step.step async for step in client.watch_steps(max_wait_s=0.1)] == [1]
+    with pytest.raises(InvalidArgument, match=r"max_wait = 301 s: give 0 to 300 s"):
+        await anext(client.watch_steps(max_wait_s=301))
