@@ -10,10 +10,10 @@ torch's own helper beside, never as, the default process group.
 
 Nothing here blocks the event loop and nothing waits without a deadline: joining runs on an executor of its
 own and is bounded by the group's timeout; receiving starts the collectives and waits on their futures, so
-`destroy` ends a receive at once. A collective that was given up stays in gloo's own thread until the group's timeout,
-writing to a staging buffer that nobody reads. The destructor of a group waits for such a collective *and
-keeps the interpreter lock meanwhile*, so the last reference to a broken group is kept in `_limbo` until its
-collectives have ended.
+`destroy` ends a receive at once. A collective that was given up stays in gloo's own thread until the group's
+timeout, writing to a staging buffer that nobody reads. The destructor of a group waits for such a collective
+*and keeps the interpreter lock meanwhile*, so the last reference to a broken group is kept in `_limbo` until
+its collectives have ended.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class GroupRegistry:
         self._groups: dict[str, _Group] = {}
         self._joining: set[str] = set()
         self._limbo: set[_Group] = set()
-        # A join that waits for a dead member keeps its thread until the timeout: no other may queue behind it.
+        # A join that waits for a dead member keeps its thread until the timeout: none may queue behind.
         self._executor = ThreadPoolExecutor(max_workers=64, thread_name_prefix="engine-group")
 
     async def init(self, spec: GroupSpec) -> None:
