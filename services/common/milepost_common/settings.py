@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 import tomllib
 import typing
@@ -168,6 +169,7 @@ TABLES = ("run", "buffer", "router", "rollout", "trainer", "engine", "up")
 
 
 def _from_environment(kind: type[ServiceSettings], environ: Mapping[str, str]) -> dict[str, Any]:
+    _check_tables(environ)
     merged: dict[str, Any] = {}
     _merge(merged, _read_environment(kind, f"MILEPOST_{kind.table.upper()}__", environ))
     for name in kind.tables:
@@ -176,6 +178,18 @@ def _from_environment(kind: type[ServiceSettings], environ: Mapping[str, str]) -
         if values:
             _merge(merged, {name: values})
     return merged
+
+
+def _check_tables(environ: Mapping[str, str]) -> None:
+    """Refuses a variable of a table that nobody has: it would be passed over by every service."""
+    for key in environ:
+        match = re.match(r"MILEPOST_([A-Z]+)__.", key.upper())
+        if match and match[1].lower() not in TABLES:
+            hint = nearest(match[1].lower(), TABLES)
+            raise InvalidArgument(
+                f"unknown setting {key} in the environment: no table {match[1].lower()}; {hint}",
+                reason="BAD_SETTING",
+            )
 
 
 def _read_environment(kind: type[BaseModel], prefix: str, environ: Mapping[str, str]) -> dict[str, Any]:

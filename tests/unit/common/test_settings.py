@@ -71,6 +71,12 @@ def test_settings_are_frozen() -> None:
         ("", ["--optimizer.lr", "abc"], {}, r"trainer\.optimizer\.lr = 'abc'.*valid number"),
         ("", [], {"MILEPOST_TRAINER__LISTN": "x"}, "MILEPOST_TRAINER__LISTN.*did you mean listen"),
         ("", [], {"MILEPOST_TRAINER__OPTIMIZER__LRR": "1"}, "did you mean lr"),
+        (
+            "",
+            [],
+            {"MILEPOST_TRIANER__LISTEN": "x"},
+            "MILEPOST_TRIANER__LISTEN.*no table trianer; did you mean trainer",
+        ),
     ],
 )
 def test_wrong_settings_name_key_value_and_remedy(
