@@ -123,6 +123,12 @@ def check(config: RunConfig) -> None:
         )
 
 
+def differences(there: RunConfig, asked: RunConfig) -> str:
+    """In words: the fields of one configuration that another one wants otherwise."""
+    names = [f.name for f in fields(RunConfig) if getattr(there, f.name) != getattr(asked, f.name)]
+    return ", ".join(f"{n} = {getattr(there, n)!r} (asked for {getattr(asked, n)!r})" for n in names)
+
+
 def to_json(config: RunConfig) -> str:
     """Canonical JSON, so that equal configurations are equal strings."""
     return json.dumps(asdict(config), sort_keys=True, separators=(",", ":"))

@@ -31,9 +31,17 @@ class Runs:
         run_config.check_run_id(run_id)
         resolved = run_config.resolve(config)
         await self._store.command("SADD", RUNS_KEY, run_id)
-        created = await self._store.call(
-            run_id, "create", run_config.to_json(resolved), *run_config.script_numbers(resolved)
-        )
+        try:
+            created = await self._store.call(
+                run_id, "create", run_config.to_json(resolved), *run_config.script_numbers(resolved)
+            )
+        except errors.AlreadyExists as error:
+            there = run_config.differences(run_config.from_json(error.metadata["config"]), resolved)
+            error.message = (
+                f"run_id = {run_id} exists with {there}; change what is live with UpdateRun "
+                f"({', '.join(sorted(run_config.LIVE))}), use its settings, or choose another run_id"
+            )
+            raise
         return await self.get(run_id), bool(created[0])
 
     async def get(self, run_id: str) -> t.Run:
