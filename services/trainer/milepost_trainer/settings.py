@@ -9,11 +9,14 @@ only the learner cares about stands in `[trainer]`.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from milepost_common.settings import ServiceSettings, Table
+
+_REWARD = re.compile(r"exact|math|regex:.+|grpc://.+|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.DOTALL)
 
 Positive = Field(gt=0)
 
@@ -215,6 +218,14 @@ class RunTable(Table):
     """Steps a follower may lag before it is detached."""
     sampling: SamplingTable | None = None
     """Sampling of every prompt that does not override it."""
+
+    @field_validator("reward")
+    @classmethod
+    def _reward_can_be_one(cls, name: str) -> str:
+        # The run keeps the name for good, and the gateway would find out later.
+        if name and not _REWARD.fullmatch(name):
+            raise ValueError("use exact, math, regex:PATTERN, module:function or grpc://host:port")
+        return name
 
 
 class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
