@@ -192,11 +192,21 @@ class Gateway:
             else:
                 self._counters.leasing = ""
                 self._ttl_s = self._config.lease_ttl_s or DEFAULT_TTL_S
-                await self._check_reward(self._config.reward)
+                await self._check_run_reward(self._config.reward)
                 self._opened.set()
                 return True
             await _wait_or_stopped(stop, backoff.next_s())
         return False
+
+    async def _check_run_reward(self, name: str) -> None:
+        try:
+            await self._check_reward(name)
+        except InvalidArgument as error:
+            run_id = self._settings.run_id
+            error.message += (
+                f"; run {run_id!r} was made with it for good: mend the reward, or use another run_id"
+            )
+            raise
 
     def _wait_for(self, what: str) -> None:
         if what != self._counters.leasing:
