@@ -164,6 +164,14 @@ class Ledger:
             return False
         return True
 
+    async def restate(self, publication: Publication) -> None:
+        """Publishes a version that engines serve, if Redis has forgotten it.
+
+        Raises:
+          MilepostError: the ledger is away, or refuses it.
+        """
+        await self._publish(publication)
+
     async def judge(self, loaded: LoadedVersion, members: tuple[str, ...]) -> str:
         """May engines that hold these weights serve them? Empty: yes; else why not.
 

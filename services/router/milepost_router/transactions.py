@@ -126,6 +126,7 @@ class Transactions:
 
     async def _prepare(self, request: t.PrepareRequest, ledger: Ledger) -> t.Prepared:
         if not self._members(request):
+            await self._restate(request, ledger)
             return t.Prepared(version=request.version, fleet_epoch=self._fleet.fleet_epoch)
         await ledger.lease(request.run_id)
         version = await self._number(request, ledger)
@@ -141,6 +142,33 @@ class Transactions:
             transaction.open_group()
         self._spawn(self._watch(transaction, ledger))
         return transaction.prepared
+
+    async def _restate(self, request: t.PrepareRequest, ledger: Ledger) -> None:
+        """States what engines serve to the ledger, for Redis may forget; mostly it knows.
+
+        A publisher asks for a label that everybody serves already only where its ledger says otherwise, or
+        where the answer to a commit was lost.
+        """
+        serving = [
+            e
+            for e in self._fleet.of_run(request.run_id)
+            if e.state is EngineState.SERVING and e.version and e.label == request.label
+        ]
+        if request.version or not serving:
+            return
+        version = max(e.version for e in serving)
+        members = tuple(e.engine_id for e in serving if e.version == version)
+        stated = Publication(
+            run_id=request.run_id, term=request.term, version=version, label=request.label, members=members,
+            allow_older_label=False,
+        )  # fmt: skip
+        try:
+            await ledger.restate(stated)
+        except StaleTerm:
+            raise
+        except FailedPrecondition as error:  # it will never hold it: members of the next transaction
+            self._fleet.disown(request.run_id, version, str(error))
+            raise
 
     async def _number(self, request: t.PrepareRequest, ledger: Ledger) -> int:
         if request.version:

@@ -185,6 +185,13 @@ class FakeLedger:
         self.published.append(publication)
         return True
 
+    async def restate(self, publication: Publication) -> None:
+        """Publishes what it does not know."""
+        if self.refusal is not None:
+            raise self.refusal
+        if not any(p.version == publication.version for p in self.published):
+            self.published.append(publication)
+
 
 class Bench:
     """Transactions over fake engines.

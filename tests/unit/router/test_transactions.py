@@ -545,3 +545,26 @@ async def test_a_folder_needs_no_list_of_tensors(bench, tools):
     assert (await tools.commit(bench, prepared, num_buckets=1)).serving == ("a", "b")
     [body] = bench.engines["a"].bodies["update_weights_from_disk"]
     assert body == {"model_path": "/weights/1", "flush_cache": False, "abort_all_requests": False}
+
+
+async def test_a_version_that_redis_forgot_is_stated_again(bench, tools):
+    await serve_first_version(bench, tools)
+    [published] = bench.ledger.published
+    assert (await bench.transactions.prepare(tools.request(attempt=2))).members == ()
+    assert bench.ledger.published == [published], "a ledger that knows it hears nothing new"
+    bench.ledger.published.clear()
+    assert (await bench.transactions.prepare(tools.request(attempt=3))).members == ()
+    [stated] = bench.ledger.published
+    assert (stated.version, stated.label, stated.members) == (1, 0, ("a", "b"))
+
+
+async def test_a_version_that_the_ledger_will_never_hold_again_is_replaced(bench, tools):
+    await serve_first_version(bench, tools)
+    bench.ledger.published.clear()
+    bench.ledger.refusal = errors.FailedPrecondition("its number was given to other weights")
+    with pytest.raises(errors.FailedPrecondition):
+        await bench.transactions.prepare(tools.request(attempt=2))
+    assert bench.states() == {"a": "STALE", "b": "STALE"}
+    prepared = await bench.transactions.prepare(tools.request(attempt=3))
+    assert [m.engine_id for m in prepared.members] == ["a", "b"]
+    assert prepared.version == 2
