@@ -51,6 +51,8 @@ class Ledger:
         self.committed = 0
         self.checkpoint_wanted = False
         self.history: list[t.StepManifest] = []
+        self.restated: t.ResumePoint | None = None
+        """What Redis held when it was last restated; whoever acts on it takes it away."""
 
     async def create_run(self) -> t.Run:
         """Make the run, or read the one that is there."""
@@ -175,7 +177,7 @@ class Ledger:
         manifest = [entry for entry in self.history if entry.step <= step]
         log.warning("Redis is another one than before: restating term %d and steps up to %d", self.term, step)
         await self.create_run()
-        await self._patiently(
+        self.restated = await self._patiently(
             lambda: self._client.resume_consumer(
                 self._run_id, term=self.term, checkpoint_step=step, manifest=manifest
             )

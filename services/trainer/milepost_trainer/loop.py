@@ -313,6 +313,9 @@ class StepLoop:
 
     async def _publish(self) -> None:
         """Give engines what they lack, unless told to stop meanwhile."""
+        if (point := self._ledger.restated) is not None:
+            self._ledger.restated = None
+            self._publisher.forgotten(Published(point.published_version, point.published_label))
         if not self._publisher.wanted:
             return
         async with self._phase("publishing"):

@@ -28,7 +28,7 @@ import torch
 
 from milepost import types as t
 from milepost.client.router import RouterClient
-from milepost.errors import FailedPrecondition, MilepostError, StaleTerm, Unavailable
+from milepost.errors import FailedPrecondition, MilepostError, NotFound, StaleTerm, Unavailable
 from milepost_trainer.buckets import Bucket
 from milepost_trainer.settings import PublishSettings
 from milepost_trainer.transports.base import WeightTransport
@@ -114,6 +114,11 @@ class Publisher:
             self._due = label
             self._failures, self._not_before = 0, 0.0
 
+    def forgotten(self, published: Published) -> None:
+        """Redis is another one and holds this as newest: what it forgot is published again."""
+        if published.version < self.published.version:
+            self.published, self._own = published, False
+
     @property
     def wanted(self) -> bool:
         """Engines should be given weights, and it is time to try."""
@@ -183,6 +188,8 @@ class Publisher:
         except StaleTerm:
             raise
         except (MilepostError, TimeoutError) as error:
+            if again and isinstance(error, FailedPrecondition | NotFound):
+                self._own = False  # the ledger does not hold that version any more: a new one, then
             self._back_off(str(error) or f"deadline of {self._settings.timeout_s:.0f} s passed")
             return False
         if committed is None:  # the fleet as we see it is older than the router's

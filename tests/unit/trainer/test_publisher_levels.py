@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from milepost import types as t
-from milepost.errors import StaleTerm, Unavailable
+from milepost.errors import NotFound, StaleTerm, Unavailable
 from milepost_trainer.buckets import Bucket, plan_buckets
 from milepost_trainer.publisher import Published, Publisher
 from milepost_trainer.settings import PublishSettings
@@ -53,6 +53,8 @@ class FakeRouter:
             await asyncio.Event().wait()
         if self.fail_at == place:
             raise Unavailable(f"{place} failed")
+        if self.fail_at == f"unknown {place}":
+            raise NotFound("no such version")
         if self.fail_at == f"stale {place}":
             raise StaleTerm("replaced")
 
@@ -283,6 +285,38 @@ async def test_a_commit_whose_answer_was_lost_is_learnt_from_the_fleet(bench: Be
     assert not await bench.publisher.catch_up()
     assert bench.publisher.published == Published(version=1, label=0)
     assert not bench.publisher.lacking
+
+
+async def test_what_redis_forgot_is_published_again(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    await bench.publisher.catch_up()
+    bench.publisher.moved_to(1, due=True)
+    await bench.publisher.catch_up()
+    await bench.heard()
+    bench.publisher.forgotten(Published(version=2, label=1))
+    assert not bench.publisher.lacking
+    bench.publisher.forgotten(Published(version=1, label=0))
+    assert bench.publisher.wanted
+    assert not await bench.publisher.catch_up(), "the router tells the ledger; engines have it already"
+    assert (bench.router.requests[-1].label, bench.router.requests[-1].version) == (1, 0)
+    assert bench.publisher.published == Published(version=2, label=1)
+    assert not bench.publisher.lacking
+
+
+async def test_a_version_that_the_ledger_lost_is_not_asked_for_for_ever(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    await bench.publisher.catch_up()
+    bench.router.set_engine("late", t.EngineState.STALE)
+    await bench.heard()
+    bench.router.fail_at = "unknown prepare"
+    assert not await bench.publisher.catch_up()
+    bench.router.fail_at = ""
+    bench.router.set_engine("later", t.EngineState.STALE)  # ends the delay
+    await bench.heard()
+    assert await bench.publisher.catch_up()
+    assert [r.version for r in bench.router.requests] == [0, 1, 0]
 
 
 async def test_a_bucket_that_is_refused_is_not_waited_for(bench: Bench) -> None:

@@ -20,9 +20,10 @@ def publisher() -> Any:
 
 async def test_a_change_that_needs_nothing_ends_one_wait_only(publisher: Any) -> None:
     absent: Any = None
+    ledger: Any = SimpleNamespace(restated=None)
     loop = StepLoop(
         TrainerSettings.model_construct(),
-        ledger=absent, crew=absent, publisher=publisher, saver=absent, recorder=absent,
+        ledger=ledger, crew=absent, publisher=publisher, saver=absent, recorder=absent,
         state=TrainerState(run_id="run", world_size=1), stop=asyncio.Event(),
     )  # fmt: skip
     awaited = asyncio.get_running_loop().create_future()
