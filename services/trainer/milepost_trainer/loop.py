@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from milepost import types as t
-from milepost.errors import OutOfRange
+from milepost.errors import FailedPrecondition, OutOfRange, StaleTerm
 from milepost_trainer.crew import Crew, StepOrder
 from milepost_trainer.learner import UpdateReport
 from milepost_trainer.ledger import Ledger
@@ -178,7 +178,15 @@ class StepLoop:
 
     async def _await_lease(self, step: int) -> t.StepLease | None:
         """The groups of a step; None when told to stop before they came."""
-        task = self._begin_lease(step)
+        try:
+            return await self._await_leasing(self._begin_lease(step), step)
+        except StaleTerm:
+            raise
+        except FailedPrecondition as error:  # asked ahead, while Redis had forgotten the step before it
+            log.warning("step %d is leased again: %s", step, error)
+            return await self._await_leasing(self._begin_lease(step), step)
+
+    async def _await_leasing(self, task: asyncio.Task[t.StepLease], step: int) -> t.StepLease | None:
         with self._clock.timing("wait"):
             while not task.done():
                 phase = "paused" if self._state.paused else "waiting"
@@ -316,6 +324,9 @@ class StepLoop:
         if (point := self._ledger.restated) is not None:
             self._ledger.restated = None
             self._publisher.forgotten(Published(point.published_version, point.published_label))
+            self._state.save_wanted = (
+                True  # payloads of restated steps may be gone: only the weights hold them
+            )
         if not self._publisher.wanted:
             return
         async with self._phase("publishing"):
