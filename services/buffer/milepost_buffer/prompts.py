@@ -251,9 +251,8 @@ _BY_CAUSE = {
     "attempt": "attempt = {attempt}: the ledger is at attempt {value}; the lease is lost, forget the group",
     "state": "the prompt is {state}; forget the group",
     "place": "the lease expired and its place was given to another prompt; forget the group",
-    "samples": "num_tokens has {samples} entries: a group of this run has {value} samples; release the "
-    "prompt and "
-    "roll it out again",
+    "samples": "num_tokens has {samples} entries: a group of this run has samples_per_prompt = {value}; "
+    "put it with all of them, or release the prompt",
     "bytes": "payload of {size} bytes: at most {value} (max_group_bytes); shorten the samples, or create "
     "the run with "
     "more",
