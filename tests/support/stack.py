@@ -59,6 +59,16 @@ class Stack:
     run_dir: Path
     process: subprocess.Popen[bytes]
 
+    @classmethod
+    def launch(cls, run_dir: Path, model: Path, *flags: str, **changes: Any) -> Stack:
+        """Starts one in a folder, which gives the run its name; `changes` are for `write_config`."""
+        run_dir.mkdir()
+        config = write_config(run_dir, model, **changes)
+        command = [MILEPOST, "up", "--config", str(config), "--ports", "free", *flags]
+        with (run_dir / "up.log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=run_dir)
+        return cls(run_id=run_dir.name, run_dir=run_dir, process=process)
+
     def service(self, name: str) -> dict[str, Any]:
         """What up.json says of a service."""
         return json.loads((self.run_dir / "up.json").read_text())["services"][name]

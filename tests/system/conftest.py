@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stack import ARITHMETIC, MILEPOST, Stack, run, write_config
+from stack import ARITHMETIC, Stack, run
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +29,7 @@ def start_stack(tmp_path: Path, model: Path) -> Iterator[StartStack]:
     started: list[Stack] = []
 
     def start(*flags: str, name: str = "killed", **changes: Any) -> Stack:
-        run_dir = tmp_path / name
-        run_dir.mkdir()
-        config = write_config(run_dir, model, **changes)
-        command = [MILEPOST, "up", "--config", str(config), "--ports", "free", *flags]
-        with (run_dir / "up.log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=run_dir)
-        started.append(Stack(run_id=name, run_dir=run_dir, process=process))
+        started.append(Stack.launch(tmp_path / name, model, *flags, **changes))
         return started[-1]
 
     yield start
