@@ -154,3 +154,27 @@ async def test_checksums_name_every_tensor(client, reference):
     if client.engine.ours:
         assert set(rank["checksums"]) == set(reference.state())
     assert len(rank["per_gpu_checksum"]) == 64
+
+
+async def test_a_list_of_tensors_is_compared_with_the_model(client, reference):
+    if not client.engine.ours:
+        pytest.skip("SGLang cannot be asked")
+
+    def body(state):
+        return {
+            "action": "fits",
+            "names": list(state),
+            "dtypes": ["bfloat16"] * len(state),
+            "shapes": [list(tensor.shape) for tensor in state.values()],
+        }
+
+    whole = reference.state()
+    await client.post("/weights_checker", body(whole))
+    name = next(iter(whole))
+    lacking = await client.post(
+        "/weights_checker", body({k: v for k, v in whole.items() if k != name}), status=400
+    )
+    assert f"1 tensors of the model are missing, '{name}'" in lacking["message"]
+    other = await client.post("/weights_checker", body(whole | {name: whole[name][:-1]}), status=400)
+    assert name in other["message"]
+    assert "shape" in other["message"]

@@ -110,6 +110,9 @@ class CheckerBody(_Body):
     """`/weights_checker`."""
 
     action: str = "checksum"
+    names: list[Any] = []
+    dtypes: list[Any] = []
+    shapes: list[Any] = []
 
 
 class ByNameBody(_Body):
@@ -278,8 +281,15 @@ async def update_weight_version(body: VersionBody, engine: EngineDep) -> Respons
 
 @router.post("/weights_checker")
 async def weights_checker(engine: EngineDep, body: Annotated[CheckerBody | None, Body()] = None) -> Response:
-    """snapshot, reset_tensors, compare, checksum; the checksum's recipe stands in `weights`."""
-    sums = await engine.updater.checker((body or CheckerBody()).action)
+    """snapshot, reset_tensors, compare, checksum; the checksum's recipe stands in `weights`.
+
+    Of our own: `fits`, which refuses tensors (`names`, `dtypes`, `shapes`) that are not the whole model.
+    """
+    asked = body or CheckerBody()
+    if asked.action == "fits":
+        await engine.updater.require_fit(asked.names, asked.dtypes, asked.shapes)
+        return _ok()
+    sums = await engine.updater.checker(asked.action)
     if sums is None:
         return _ok()
     one = {

@@ -245,9 +245,16 @@ class WeightUpdater:
                 raise UpdateRefused(f"{len(differing)} tensors differ from the snapshot: {differing[:10]}")
         else:
             raise InvalidRequest(
-                f"action is '{action}': it must be snapshot, reset_tensors, compare or checksum"
+                f"action is '{action}': it must be snapshot, reset_tensors, compare, checksum or fits"
             )
         return None
+
+    async def require_fit(
+        self, names: Sequence[object], dtypes: Sequence[object], shapes: Sequence[object]
+    ) -> None:
+        """Refuses the tensors of a coming update unless they are all of the model's, in its shapes."""
+        specs = self.tensor_specs(names, dtypes, shapes)
+        await self.run(lambda: self._weights.check(specs, complete=True))
 
     async def read(self, name: str, *, rows: int) -> list[Any]:
         """The first rows of one tensor."""

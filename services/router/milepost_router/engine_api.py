@@ -72,6 +72,16 @@ class EngineApi:
         """Digest of its weights; also waits until they are written."""
         return await self._call("POST", "/weights_checker", {"action": "checksum"})
 
+    async def require_fit(self, tensors: Sequence[TensorSpec]) -> None:
+        """Asks whether these are all of its tensors, in its shapes; refused by name where they are not."""
+        body = {
+            "action": "fits",
+            "names": [x.name for x in tensors],
+            "dtypes": [x.dtype for x in tensors],
+            "shapes": [list(x.shape) for x in tensors],
+        }
+        await self._call("POST", "/weights_checker", body)
+
     async def read_back(self, name: str) -> None:
         """Reads one parameter, which waits until the weights are written."""
         body = {"name": name, "truncate_size": 1}

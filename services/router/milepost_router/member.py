@@ -1,8 +1,8 @@
 """One engine's part in a weight transaction: the calls, in order, and the way back from each point.
 
-    reserved ── open ──> paused, marked ── take ... ──> touched ── verify, name, finish ──> done
-       │                     │                             │
-       └ release             └ restore: as it was before   └ break_off: STALE, its requests end
+    reserved ── fit, open ──> paused, marked ── take ... ──> touched ── verify, name, finish ──> done
+       │                          │                             │
+       └ release                  └ restore: as it was before   └ break_off: STALE, its requests end
 
 A call that fails raises EngineFault; the transaction decides what that means for the others. Only `finish`,
 `put_back` and `fail` change the fleet, and each of them settles the engine.
@@ -14,12 +14,13 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+from collections.abc import Sequence
 from typing import Any, cast
 
 import orjson
 
 from milepost.errors import InvalidArgument
-from milepost.types import BucketHeader, EngineState, PauseMode, Transport, WeightMember
+from milepost.types import BucketHeader, EngineState, PauseMode, TensorSpec, Transport, WeightMember
 from milepost_router import version_string
 from milepost_router.engine_api import EngineApi, EngineFault, EngineRefused
 from milepost_router.fleet import Fleet
@@ -108,6 +109,12 @@ class Member:
     async def join_group(self, group: dict[str, Any], *, timeout_s: float) -> None:
         """Joins the trainer's process group."""
         await self._api.join_group(group | {"rank_offset": self.rank_offset}, timeout_s=timeout_s)
+
+    async def fit(self, manifest: Sequence[TensorSpec]) -> None:
+        """Makes sure that the manifest is its model, whole, before its first byte; SGLang cannot be asked."""
+        self._require_present()
+        if manifest and self.record.capabilities.engine.startswith("milepost"):
+            await self._api.require_fit(manifest)
 
     async def open(self, mode: PauseMode) -> None:
         """Pauses it, marks its weights as nobody's, opens its session. No new requests from here on."""

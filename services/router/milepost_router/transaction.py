@@ -33,7 +33,7 @@ from typing import Any
 from milepost import types as t
 from milepost.errors import DataLoss, FailedPrecondition, InvalidArgument, MilepostError, StaleEpoch
 from milepost.types import Transport
-from milepost_router.engine_api import EngineBroken, EngineFault
+from milepost_router.engine_api import EngineBroken, EngineFault, EngineRefused
 from milepost_router.member import Member, handles_of
 from milepost_router.version_string import LoadedVersion
 
@@ -221,6 +221,10 @@ class Transaction:
         not_joined = [m.failed for m in self.members if m.failed]
         if not_joined:
             return not_joined
+        faults = await self._each(self._live, lambda m: m.fit(self.plan.request.manifest))
+        broken = await self._judge(faults, first=True)
+        if broken:
+            return broken
         self.phase = Phase.TRANSFERRING
         mode = self.plan.request.pause_mode
         faults = await self._each(self._live, lambda m: m.open(mode))
@@ -235,14 +239,14 @@ class Transaction:
                 member.failed = str(fault)
             return [str(fault) for fault in faults.values()]
         for member, fault in faults.items():
-            if first and not member.touched and not member.gone:
+            if first and isinstance(fault, EngineRefused) and not member.touched:
                 await self._dismiss(member, str(fault))
             else:
                 self._quarantine(member, str(fault))
         return []
 
     async def _dismiss(self, member: Member, why: str) -> None:
-        """It refused the first bucket whole: it goes on with what it had."""
+        """It refused the manifest, or the first bucket whole: it goes on with what it had."""
         member.failed = why
         try:
             await member.put_back(f"refused the new weights and keeps what it has: {why}")

@@ -163,6 +163,25 @@ async def test_weights_that_do_not_fit_are_refused_and_the_old_ones_served(
     assert (await helpers.generate(router.http, headers={"x-milepost-run": run_id})).status == 200
 
 
+@pytest.mark.parametrize("transport", [Transport.SHM, Transport.GLOO])
+async def test_weights_that_lack_a_tensor_of_the_engines_model_cost_no_byte(
+    helpers, engines, buffer, start_router, publisher_of, run_id, transport
+):
+    router = await start_router(engines[0].url, buffer=buffer)
+    publisher = await publisher_of(router)
+    await helpers.all_are(publisher.router, EngineState.STALE)
+    good = await publisher.publish(helpers.weights(1), label=0)
+    fewer = helpers.weights(2)
+    lost = next(name for name in fewer if "norm" in name)
+    del fewer[lost]
+    prepared = await publisher.prepare(fewer, label=1, transport=transport)
+    acks = await publisher.transfer(prepared, fewer, transport)
+    assert [a.ok for ack in acks for a in ack.acks] == [False]
+    assert f"1 tensors of the model are missing, '{lost}'" in acks[0].acks[0].message
+    await helpers.all_are(publisher.router, EngineState.SERVING, version=good.version)
+    assert (await helpers.generate(router.http, headers={"x-milepost-run": run_id})).status == 200
+
+
 async def test_a_bucket_that_is_not_in_the_manifest_reaches_no_engine(
     helpers, engines, buffer, start_router, publisher_of
 ):

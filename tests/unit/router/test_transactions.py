@@ -13,7 +13,7 @@ from milepost.types import Transport
 from milepost_router import transactions
 from milepost_router.transaction import Phase
 
-OPENING = ["pause_generation", "update_weight_version", "begin_weight_update"]
+OPENING = ["weights_checker", "pause_generation", "update_weight_version", "begin_weight_update"]
 FAULTS = ["break_down", "hang", "hang_up"]
 
 
@@ -118,7 +118,7 @@ async def test_a_session_left_open_by_somebody_who_is_gone_is_closed(bench, tool
     prepared = await bench.transactions.prepare(tools.request())
     acks = await tools.transfer(bench, prepared)
     assert all(a.ok for ack in acks for a in ack.acks)
-    assert bench.engines["a"].calls[2:5] == [
+    assert bench.engines["a"].calls[3:6] == [
         "begin_weight_update",
         "end_weight_update",
         "begin_weight_update",
