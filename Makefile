@@ -3,6 +3,7 @@
 #   make setup    a virtual environment in .venv with everything in it
 #   make demo     the whole loop on this machine: warm start, asynchronous GRPO, ledger audit (about 4 minutes)
 #   make test     all tests that run on a CPU
+#   make compose-test  the demo's loop in containers, killed in mid-run (needs Docker and Compose v2)
 #   make lint     ruff, import rules, protos (buf, where npm is there)
 #   make types    pyright, strict
 #   make protos   regenerate the stubs
@@ -37,6 +38,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+.PHONY: compose-test
+compose-test: setup
+	MILEPOST_COMPOSE=1 $(BIN)/python -m pytest tests/compose $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ RUN pip install --no-deps --force-reinstall .
 
 FROM python:3.11-slim-bookworm
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin milepost \
-    && install -d -o milepost -g milepost /runs
+    && install -d -o milepost -g milepost /runs /weights
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 \
     MILEPOST_ENGINE__HOST=0.0.0.0 \
