@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, str] = {
     "watch": "live view of a run",
     "ledger": "the ledger of a run: rows, counts, audit",
     "engines": "list, drain or remove engines",
+    "weights": "carry files of weights to hosts that share no folder with the trainer",
     "health": "ask a service whether it serves",
     "config": "effective settings, and where each comes from",
 }

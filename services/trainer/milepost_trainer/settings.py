@@ -122,6 +122,9 @@ class PublishSettings(Table):
     """Address under which engines reach rank 0 (gloo); its port is chosen by the system."""
     disk_dir: str = "weights"
     """Folder that engines see too (disk)."""
+    mirrors: tuple[str, ...] = ()
+    """`host:port` of every `milepost weights mirror`, which fetch that folder's files for engines that do not
+    see it (disk)."""
     pause_mode: Literal["retract", "in_place", "abort"] = "retract"
     """What becomes of requests that run while weights change."""
 

@@ -22,4 +22,4 @@ def build_transport(settings: PublishSettings, *, run_id: str) -> WeightTranspor
         case "disk":
             from milepost_trainer.transports.disk import DiskTransport
 
-            return DiskTransport(directory=Path(settings.disk_dir), run_id=run_id)
+            return DiskTransport(directory=Path(settings.disk_dir), run_id=run_id, mirrors=settings.mirrors)
