@@ -132,13 +132,17 @@ async def follow(trainer: TrainerClient, buffer: BufferClient) -> tuple[list[Ste
 
 
 def line_of(step: StepMetrics) -> str:
-    """One step in one line."""
-    m = step.metrics
+    """One step in one line; a step without a reward or with a gradient that is not finite lacks these numbers."""
+
+    def value(name: str, form: str) -> str:
+        number = step.metrics.get(name)
+        return "-" if number is None else format(number, form)
+
     return (
-        f"step {step.step:3d}  reward {m['reward_mean']:.3f}  loss {m['loss']:+.4f}  "
-        f"grad norm {m['grad_norm']:.2f}  staleness {m['staleness_max']:.0f}  "
-        f"{m['tokens_per_s']:.0f} tokens/s  wait {m['wait_s']:.2f} s  "
-        f"train {m['train_s']:.2f} s  publish {m['publish_s']:.2f} s"
+        f"step {step.step:3d}  reward {value('reward_mean', '.3f')}  loss {value('loss', '+.4f')}  "
+        f"grad norm {value('grad_norm', '.2f')}  staleness {value('staleness_max', '.0f')}  "
+        f"{value('tokens_per_s', '.0f')} tokens/s  wait {value('wait_s', '.2f')} s  "
+        f"train {value('train_s', '.2f')} s  publish {value('publish_s', '.2f')} s"
     )
 
 
