@@ -132,7 +132,7 @@ async def follow(trainer: TrainerClient, buffer: BufferClient) -> tuple[list[Ste
 
 
 def line_of(step: StepMetrics) -> str:
-    """One step in one line; a step without a reward or with a gradient that is not finite lacks these numbers."""
+    """One step in one line; what a step lacks (a reward, a finite gradient) is a dash."""
 
     def value(name: str, form: str) -> str:
         number = step.metrics.get(name)
