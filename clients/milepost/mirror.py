@@ -3,7 +3,7 @@
     trainer   writes /weights/<run>/<transaction>/model.safetensors, then asks each mirror for that folder
     mirror    GETs the files from the file server beside the trainer, compares sizes and SHA-256, and shows
               the folder under the same path only when it is whole; then forgets the run's older folders
-    router    tells engines to load the path; one whose mirror failed has no such folder and is quarantined
+    router    tells engines to load the path; one whose mirror failed has no such folder and refuses
 
     GET  /health        200
     GET  /FOLDER/FILE   the file (file server alone); FOLDER is <run>/<transaction>
@@ -16,6 +16,7 @@ brings names and digests, never addresses. State is what the folder holds; a res
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import logging
 import re
@@ -100,7 +101,7 @@ def ask(address: str, order: Order, *, timeout_s: float) -> None:
     except urllib.error.HTTPError as error:
         why = error.read(2000).decode(errors="replace")
         raise Unavailable(f"mirror {address}: {why}", reason="MIRROR_FAILED") from error
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise Unavailable(f"mirror {address} does not answer: {error}", reason="MIRROR_AWAY") from error
 
 
@@ -154,7 +155,7 @@ class Mirror:
                     digest.update(chunk)
                     size_bytes += len(chunk)
                     out.write(chunk)
-        except urllib.error.URLError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise Unavailable(f"{url}: {error}", reason="SOURCE_AWAY") from error
         if (size_bytes, digest.hexdigest()) != (file.size_bytes, file.sha256):
             raise DataLoss(

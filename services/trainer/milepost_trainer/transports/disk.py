@@ -1,8 +1,7 @@
 """Weights through a folder that both sides see: one safetensors file, loaded by path.
 
 Engines that do not see the folder have a mirror beside them, which fetches the file over HTTP to the same
-path. A mirror that fails costs its own engines this publication (they are quarantined and synced again), not
-the others.
+path. A mirror that fails costs its own engines this publication, not the others.
 
 Each transaction writes a folder of its own and removes it at the end; all weights travel at once.
 """
@@ -26,7 +25,6 @@ from milepost_trainer.export import make_readable
 from milepost_trainer.transports.base import WeightTransport
 
 log = logging.getLogger(__name__)
-_MIRROR_S = 60.0
 
 
 class DiskTransport(WeightTransport):
@@ -42,14 +40,14 @@ class DiskTransport(WeightTransport):
     single_bucket = True
 
     def __init__(self, *, directory: Path, run_id: str, mirrors: Sequence[str] = ()) -> None:
-        self._run_id, self._mirrors, self._mirror_s = run_id, tuple(mirrors), _MIRROR_S
+        self._run_id, self._mirrors, self._mirror_s = run_id, tuple(mirrors), 0.0
         self._parent = directory.resolve() / run_id
         shutil.rmtree(self._parent, ignore_errors=True)  # what a killed trainer of this run left
         self._folder: Path | None = None
 
     async def open(self, prepared: Prepared, *, timeout_s: float) -> None:
         """Make the transaction's folder."""
-        self._mirror_s = min(timeout_s, _MIRROR_S)
+        self._mirror_s = timeout_s / 2  # the other half is for the engines that have the weights
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in prepared.transaction_id)
         self._folder = self._parent / safe
         self._folder.mkdir(parents=True)
