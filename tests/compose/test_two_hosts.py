@@ -1,7 +1,7 @@
 """rollout.yaml and trainer.yaml for real: two compose projects and networks, only published ports between.
 
-Weights cross by `disk` over HTTP. In mid-run the mirror beside the engines is killed: training goes on up to
-the staleness bound at most, engines get the newest weights once it is back, and the ledger's audit closes."""
+Weights cross by `disk` over HTTP. In mid-run the mirror beside the engines is killed: training goes on up
+to the staleness bound and no further, goes on once the mirror is back, and the ledger's audit closes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from compose_project import PROMPTS, STEPS, Compose, audit, until_committed
+from compose_project import PROMPTS, STEPS, Compose, audit, until_bound, until_committed
 
 pytestmark = [
     pytest.mark.compose,
@@ -29,6 +29,8 @@ async def test_a_run_over_two_hosts_survives_its_mirror(hosts: tuple[Compose, Co
         assert stats.weight_label  # trained weights crossed, and were served
 
         await rollout.kill("mirror")
+        held = await until_bound(buffer, within_s=60)
+        assert held.committed_step < STEPS
         await rollout.up("mirror")
         await until_committed(buffer, STEPS, within_s=400)
     assert await trainer.exited("trainer", within_s=90) == 0

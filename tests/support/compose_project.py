@@ -23,6 +23,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "compose"
 BUILD_S, UP_S, CALL_S = 900.0, 600.0, 120.0
 RUN_ID = "demo"
 STEPS = 60
+MAX_STALENESS = 2
 PROMPTS = 32 * STEPS
 
 
@@ -168,3 +169,13 @@ async def until_committed(buffer: BufferClient, step: int, *, within_s: float) -
 async def order_of(buffer: BufferClient) -> dict[tuple[int, int], str]:
     """(step, position) -> prompt_id of every group that a step has taken."""
     return {(r.step, r.position): r.prompt_id async for r in buffer.get_ledger(RUN_ID) if r.step}
+
+
+async def until_bound(buffer: BufferClient, *, within_s: float) -> RunStats:
+    """Waits until training has come as far as the staleness bound lets it without new weights."""
+
+    async def check() -> RunStats | None:
+        stats = await stats_of(buffer)
+        return stats if stats and stats.committed_step == stats.weight_label + 1 + MAX_STALENESS else None
+
+    return await until("the staleness bound is reached", check, within_s=within_s)
