@@ -322,6 +322,7 @@ def test_settings_are_refused_by_name_before_anything_starts(
     [
         (("feed", "none.jsonl"), 1, "none.jsonl: No such file or directory"),
         (("feed", "."), 1, ".: Is a directory"),
+        (("rollout", "none.jsonl", "--standalone"), 1, "none.jsonl: No such file or directory"),
         (("feed", "ok.jsonl", "--run", "a b"), 2, "--run: 'a b': no run is called so; use 1 to 128 of"),
         (("feed", "ok.jsonl", "--buffer", "nowhere"), 2, "--buffer = 'nowhere': no address; give host:port"),
         (("rollout", "ok.jsonl", "--rollout", "h:99999"), 2, "--rollout = 'h:99999': no address; give"),

@@ -97,6 +97,8 @@ async def feed(options: argparse.Namespace) -> int:
         )
         done = await feeder.run()
     print(f"fed {done.accepted} prompts ({done.duplicates} were there already), {done.skipped} lines skipped")
+    if not done.accepted and not done.skipped and not done.position.offset_bytes and not done.size_bytes:
+        print(f"milepost feed: {options.file} is empty; write one prompt a line", file=sys.stderr)
     return 1 if done.skipped else 0
 
 

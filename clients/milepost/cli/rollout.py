@@ -7,6 +7,7 @@ import asyncio
 import importlib
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -90,6 +91,7 @@ exit status: 0 every sample was scored; 1 some were not, or it failed; 2 wrong c
 
 async def rollout(options: argparse.Namespace) -> int:
     """Runs the subcommand."""
+    await asyncio.to_thread(os.stat, options.file)  # a file that is not there is named before anything starts
     async with AsyncExitStack() as stack:
         gateway = await _gateway(options, stack)
         out = stack.enter_context(_opened(options.out))

@@ -209,7 +209,7 @@ async def test_outcomes_of_seals(bench, make_group) -> None:
     ]
     short = (await seal(bench.run_id, groups=[make_group(other.prompt_id, 1, samples=1)]))[0]
     assert short.status == t.SealStatus.INVALID
-    assert "2 samples" in short.message
+    assert "samples_per_prompt = 2" in short.message
     big = (await seal(bench.run_id, groups=[make_group(other.prompt_id, 1, size=1001)]))[0]
     assert big.status == t.SealStatus.INVALID
     assert "max_group_bytes" in big.message
