@@ -195,7 +195,9 @@ class Driver:
 
     async def train_step(self, step: int) -> tuple[str, ...]:
         await self.put(2)
-        assert await self.seal(await self.lease(2)) == [t.SealStatus.SEALED] * 2
+        sealed = await self.seal(await self.lease(2))  # again, where a kill took the first answer away
+        assert len(sealed) == 2
+        assert set(sealed) <= {t.SealStatus.SEALED, t.SealStatus.DUPLICATE}
         ids = tuple(g.prompt_id for g in (await self.lease_step(step)).groups)
         await self.commit(step, ids)
         await self.publish(step)
