@@ -127,6 +127,7 @@ class Driver:
     steps: list[t.StepManifest] = field(default_factory=list)
     version: int = 0
     tokens: int = 6
+    instance: int = 1
 
     async def start(self) -> None:
         await self.buffer.create_run(self.run_id, config=CONFIG)
@@ -156,11 +157,25 @@ class Driver:
         )
         self.accepted += names[: result.accepted]
 
-    async def lease(self, count: int) -> tuple[t.PromptLease, ...]:
+    async def lease(self, count: int, *, max_wait_s: float = 10) -> tuple[t.PromptLease, ...]:
         found = await self.buffer.lease_prompts(
-            self.run_id, gateway_id="gw", instance_id="gw-1", max_prompts=count, max_wait_s=10
+            self.run_id,
+            gateway_id="gw",
+            instance_id=f"gw-{self.instance}",
+            max_prompts=count,
+            max_wait_s=max_wait_s,
         )
         return found.leases
+
+    async def lease_all(self, count: int) -> tuple[t.PromptLease, ...]:
+        """Leases whose answer a kill took away stay with their instance until a new one takes over."""
+        leases = await self.lease(count, max_wait_s=1)
+        for _ in range(3):
+            if len(leases) == count:
+                break
+            self.instance += 1
+            leases = await self.lease(count, max_wait_s=1)
+        return leases
 
     async def seal(self, leases: tuple[t.PromptLease, ...]) -> list[t.SealStatus]:
         groups = [self.group(lease) for lease in leases]
@@ -195,7 +210,7 @@ class Driver:
 
     async def train_step(self, step: int) -> tuple[str, ...]:
         await self.put(2)
-        sealed = await self.seal(await self.lease(2))  # again, where a kill took the first answer away
+        sealed = await self.seal(await self.lease_all(2))  # again, where a kill took the first answer away
         assert len(sealed) == 2
         assert set(sealed) <= {t.SealStatus.SEALED, t.SealStatus.DUPLICATE}
         ids = tuple(g.prompt_id for g in (await self.lease_step(step)).groups)
