@@ -87,8 +87,9 @@ def _is_settings_of(value: Any, service: str) -> typing.TypeGuard[type[ServiceSe
 
 
 def describe(kind: type[ServiceSettings]) -> Iterator[Setting]:
-    """Every setting of a service in the order of its definition, nested ones by their dotted path."""
-    for path, info in _leaves(kind, ()):
+    """Every setting of a service in the order of its definition, nested ones by their dotted path; those of
+    tables that it shares come last."""
+    for path, info in sorted(_leaves(kind, ()), key=lambda leaf: leaf[0][0] in kind.tables):
         outer = path[0] in kind.tables
         table, rest = (path[0], path[1:]) if outer else (kind.table, path)
         yield Setting(

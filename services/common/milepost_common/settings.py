@@ -8,7 +8,8 @@
 One TOML file serves all services; each reads the table it names. The environment variable of a key is
 `MILEPOST_<TABLE>__<KEY>` with `__` between levels; its flag is `--key value`, or `--outer.inner value` for a
 nested one.
-A class that names more tables (`tables=("run",)`) finds each under the attribute of that name.
+A class that names more tables (`tables=("run",)`) finds each under the attribute of that name. Every class
+has the table `[telemetry]`, which is the same for all services, under `telemetry`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import tomllib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, PydanticBaseSettingsSource
 
 from milepost.errors import InvalidArgument
@@ -38,18 +39,33 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class TelemetrySettings(Table):
+    """What services tell about themselves, `[telemetry]`; one table for all of them."""
+
+    otlp_endpoint: str = Field("", pattern=r"^(https?://[^\s/]+/?)?$")
+    """`http://host:port` of an OpenTelemetry collector (OTLP over gRPC). Empty: what the variable
+    OTEL_EXPORTER_OTLP_ENDPOINT says, and without that nothing is exported."""
+    trace_ratio: float = Field(1.0, ge=0, le=1)
+    """Share of prompts that are traced, of those that come without a trace of their own."""
+    log_format: Literal["text", "json"] = "text"
+    """`text` for people; `json` for machines, one object a line."""
+
+
 class ServiceSettings(BaseSettings):
     """Base of a service's settings. Attribute docstrings become help texts and the settings reference."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)  # type: ignore[assignment]
 
     table: ClassVar[str] = ""
-    tables: ClassVar[tuple[str, ...]] = ()
+    tables: ClassVar[tuple[str, ...]] = ("telemetry",)
+
+    telemetry: TelemetrySettings = TelemetrySettings.model_validate({})
+    """Traces, metrics and logs: the table `[telemetry]`."""
 
     def __init_subclass__(cls, *, table: str = "", tables: tuple[str, ...] = (), **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.table = table or cls.table
-        cls.tables = tables or cls.tables
+        cls.tables = (*tables, *(t for t in cls.tables if t not in tables))
 
     @classmethod
     def settings_customise_sources(
@@ -165,7 +181,7 @@ def _from_file(kind: type[ServiceSettings], path: str) -> dict[str, Any]:
     return own | {name: content[name] for name in kind.tables if name in content}
 
 
-TABLES = ("run", "buffer", "router", "rollout", "trainer", "engine", "up")
+TABLES = ("run", "buffer", "router", "rollout", "trainer", "engine", "up", "telemetry")
 
 
 def _from_environment(kind: type[ServiceSettings], environ: Mapping[str, str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from milepost.errors import InvalidArgument
-from milepost_common.settings import ServiceSettings, Table, load
+from milepost_common.settings import ServiceSettings, Table, TelemetrySettings, load
 
 
 class Optimizer(Table):
@@ -89,3 +89,18 @@ def test_wrong_settings_name_key_value_and_remedy(
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(InvalidArgument, match=r"--config /nowhere\.toml"):
         load(Example, ["--config", "/nowhere.toml"], environ={})
+
+
+def test_every_service_reads_the_table_telemetry(tmp_path: Path) -> None:
+    path = write(tmp_path, '[telemetry]\nlog_format = "json"\ntrace_ratio = 0.5\n')
+    environ = {"MILEPOST_TELEMETRY__TRACE_RATIO": "0.25"}
+    got = load(
+        Example, ["--config", path, "--telemetry.otlp_endpoint", "http://collector:4317"], environ=environ
+    )
+    assert got.telemetry == TelemetrySettings(
+        otlp_endpoint="http://collector:4317", trace_ratio=0.25, log_format="json"
+    )
+    with pytest.raises(InvalidArgument, match=r"telemetry\.otlp_endpoint = 'collector:4317'"):
+        load(Example, ["--telemetry.otlp_endpoint", "collector:4317"], environ={})
+    with pytest.raises(InvalidArgument, match=r"telemetry\.log_fromat = 'json'; did you mean log_format"):
+        load(Example, ["--config", write(tmp_path, '[telemetry]\nlog_fromat = "json"\n')], environ={})
