@@ -190,6 +190,51 @@ async def test_with_stay_the_others_go_on(stage: Stage) -> None:
     assert alive(stage.pids("a")[0])
 
 
+async def test_a_suspended_service_is_killed_and_comes_back_on_its_port(stage: Stage) -> None:
+    def command(at: Addresses) -> list[str]:
+        head = [sys.executable, "-m", "milepost_router", "serve", "--buffer", ""]
+        own = at["router"]
+        return [
+            *head,
+            *("--listen", own.get("grpc", "127.0.0.1:0")),
+            *("--http_listen", own.get("http", "127.0.0.1:0")),
+        ]
+
+    stage.start(ChildSpec(name="router", command=command, liveness_timeout_s=1.5))
+    await until(stage.is_in("router", "ready"))
+    before = stage.state()["router"]
+    os.kill(before["pid"], signal.SIGSTOP)
+    await until(lambda: stage.state()["router"]["starts"] == 2)
+    await until(stage.is_in("router", "ready"))
+    assert not alive(before["pid"])
+    assert stage.state()["router"]["addresses"] == before["addresses"]
+    assert any("no answer to its health check for 1.5 s: killed" in line for line in stage.reported)
+
+
+async def test_a_service_that_listens_but_never_answers_is_killed(stage: Stage) -> None:
+    stage.start(stage.spec("stuck", "ready", same_port=True, liveness_timeout_s=0.3))
+    await until(lambda: len(stage.pids("stuck")) >= 2)
+    assert not alive(stage.pids("stuck")[0])
+
+
+async def test_without_a_limit_nobody_is_looked_at(stage: Stage) -> None:
+    stage.start(
+        stage.spec("stuck", "ready"), stage.spec("watched", "ready", same_port=True, liveness_timeout_s=0.3)
+    )
+    await until(lambda: len(stage.pids("watched")) >= 2)
+    assert len(stage.pids("stuck")) == 1
+
+
+async def test_a_suspended_child_is_woken_to_stop(stage: Stage) -> None:
+    stage.start(stage.spec("a", "ready", stop_timeout_s=3600.0))
+    await until(stage.is_in("a", "ready"))
+    os.kill(stage.pids("a")[0], signal.SIGSTOP)
+    assert stage.supervisor
+    stage.supervisor.interrupt()
+    assert await stage.result() == 130
+    assert stage.journal("a")[-1] == "stop"
+
+
 async def test_a_deaf_child_is_killed_after_its_deadline_with_its_grandchildren(stage: Stage) -> None:
     stage.start(stage.spec("a", "deaf", "child", "ready", stop_timeout_s=0.3))
     await until(stage.is_in("a", "ready"))

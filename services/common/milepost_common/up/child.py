@@ -94,9 +94,10 @@ class Child:
         return await asyncio.shield(self._exit)
 
     def terminate(self) -> None:
-        """Asks it to stop."""
+        """Asks it to stop; one that was suspended is woken to hear it."""
         if self.is_alive:
             self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """Ends it and its process group at once."""

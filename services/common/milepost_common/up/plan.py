@@ -199,6 +199,7 @@ class _Planner:
             stop_rank=_STOP_RANK[service],
             ready_timeout_s=self._up.ready_timeout_s,
             stop_timeout_s=stop_timeout_s or self._up.stop_timeout_s,
+            liveness_timeout_s=self._up.liveness_timeout_s,
         )
 
     def _listen(self, service: str, at: Addresses) -> list[str]:

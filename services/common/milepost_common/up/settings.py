@@ -38,5 +38,8 @@ class UpSettings(ServiceSettings, table="up"):
     """A service that is not ready by then is started again."""
     stop_timeout_s: float = Field(default=35.0, gt=0)
     """A service that has not stopped by then is killed."""
+    liveness_timeout_s: float = Field(default=30.0, ge=0)
+    """A service that was ready and whose health check nobody has answered for this long is killed and started
+    again; 0: never."""
     crash_limit: int = Field(default=5, ge=1)
     """A service that dies this often before it was ready, within 60 s, ends everything."""

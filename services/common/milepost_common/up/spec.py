@@ -25,6 +25,7 @@ class ChildSpec:
       stop_rank: children of a lower rank are stopped first.
       ready_timeout_s: a start that takes longer is ended and counts as a death.
       stop_timeout_s: how long it may take to stop.
+      liveness_timeout_s: once ready, it is killed when nobody there has answered for so long; 0: never.
       environ: variables set beside those of the supervisor.
     """
 
@@ -37,4 +38,5 @@ class ChildSpec:
     stop_rank: int = 0
     ready_timeout_s: float = 180.0
     stop_timeout_s: float = 35.0
+    liveness_timeout_s: float = 0.0
     environ: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -1,9 +1,9 @@
 """Keeps the children of one run alive, and stops them all in order.
 
     specs --keeper task a child--> spawn, readiness, exit, back-off, spawn ...   (rules: policy.py)
-                |                                                                         |
-                v                                                                         v
-        up.json, one line a change                              verdict: finished | failed | interrupted
+                |                              |                                          |
+                v                              v                                          v
+        up.json, one line a change      silent for long: killed       verdict: finished | failed | interrupted
 
 One keeper task owns each child and its `Life`. The supervisor owns the verdict: the first of a child that
 ends the run, a child that is given up, and `interrupt`. Then keepers start nothing any more, and the children
@@ -23,7 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from milepost_common.liveness import until_silent
 from milepost_common.up.child import Child, tail
+from milepost_common.up.health import ask_health
 from milepost_common.up.policy import Life, Phase, RestartPolicy
 from milepost_common.up.readiness import parse_readiness
 from milepost_common.up.spec import ChildSpec
@@ -140,7 +142,28 @@ class Supervisor:
             self._mark_ready(kept, {})
         self._write_state()
         await self._until_ready_or_dead(kept, kept.child)
-        return await kept.child.wait()
+        watching = asyncio.create_task(self._watch(kept, kept.child), name=f"watch {kept.spec.name}")
+        try:
+            return await kept.child.wait()
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _watch(self, kept: _Kept, child: Child) -> None:
+        """Kills a child that was ready and answers no more: stopped, swapped out or stuck."""
+        timeout_s = kept.spec.liveness_timeout_s
+        if not timeout_s or not kept.addresses:
+            return
+        await kept.ready.wait()
+        addresses = kept.addresses
+
+        async def look(within_s: float) -> None:
+            await ask_health(addresses, timeout_s=within_s)
+
+        why = await until_silent(look, timeout_s=timeout_s)
+        if not self._stopping.is_set():
+            self._tell(kept, f"no answer to its health check for {timeout_s:g} s: killed ({why})")
+            child.kill()
 
     async def _until_ready_or_dead(self, kept: _Kept, child: Child) -> None:
         ready = asyncio.create_task(kept.ready.wait())
