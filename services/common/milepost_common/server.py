@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Any, NoReturn, Self, cast
@@ -27,10 +28,12 @@ from grpc_reflection.v1alpha import reflection
 from milepost import errors
 from milepost.channel import SERVER_OPTIONS, check_address
 from milepost.status import DETAILS_KEY, to_status_bytes
+from milepost_common.metrics.calls import OK, CallMeter
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
+CANCELLED, UNKNOWN = grpc.StatusCode.CANCELLED.name, grpc.StatusCode.UNKNOWN.name
 
 
 class GrpcServer:
@@ -40,11 +43,15 @@ class GrpcServer:
       listen: `host:port`; port 0 takes a free one.
       advertise: the address under which others reach it; unset: `listen` with the real port.
       grace_s: how long calls may go on once it stops.
+
+    Attributes:
+      meter: what it counts.
     """
 
     def __init__(self, *, listen: str, advertise: str = "", grace_s: float = GRACE_S) -> None:
         self._listen, self._advertise, self._grace_s = listen, advertise, grace_s
-        self._server = aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        self.meter = CallMeter()
+        self._server = aio.server(interceptors=[ErrorInterceptor(self.meter)], options=SERVER_OPTIONS)
         self._health = HealthServicer()
         self._names: list[str] = []
         self.port = 0
@@ -95,7 +102,10 @@ class GrpcServer:
 
 
 class ErrorInterceptor(aio.ServerInterceptor):
-    """Turns what servicers raise into a gRPC status with details."""
+    """Turns what servicers raise into a gRPC status with details, and counts how calls end."""
+
+    def __init__(self, meter: CallMeter) -> None:
+        self._meter = meter
 
     async def intercept_service(
         self,
@@ -118,39 +128,65 @@ class ErrorInterceptor(aio.ServerInterceptor):
                 if handler.request_streaming
                 else grpc.unary_unary_rpc_method_handler
             )
-            return make(_guard_unary(inner, method), **codec)
+            return make(_guard_unary(inner, method, self._meter), **codec)
         inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
         make = (
             grpc.stream_stream_rpc_method_handler
             if handler.request_streaming
             else grpc.unary_stream_rpc_method_handler
         )
-        return make(_guard_stream(inner, method), **codec)
+        return make(_guard_stream(inner, method, self._meter), **codec)
 
 
-def _guard_unary(inner: Any, method: str) -> Any:
+def _guard_unary(inner: Any, method: str, meter: CallMeter) -> Any:
     async def guarded(request: Any, context: Any) -> Any:
+        started, code = time.perf_counter(), OK
         try:
             return await inner(request, context)
-        except (asyncio.CancelledError, aio.AbortError):
+        except asyncio.CancelledError:
+            code = CANCELLED
+            raise
+        except aio.AbortError:
+            code = _code_of(context)
             raise
         except Exception as error:
+            code = _name_of(error)
             await _abort(context, error, method)
+        finally:
+            meter.answered(method, code, started=started)
 
     return guarded
 
 
-def _guard_stream(inner: Any, method: str) -> Any:
+def _guard_stream(inner: Any, method: str, meter: CallMeter) -> Any:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        code = OK
         try:
             async for reply in inner(request, context):
                 yield reply
-        except (asyncio.CancelledError, aio.AbortError, GeneratorExit):
+        except (asyncio.CancelledError, GeneratorExit):
+            code = CANCELLED
+            raise
+        except aio.AbortError:
+            code = _code_of(context)
             raise
         except Exception as error:
+            code = _name_of(error)
             await _abort(context, error, method)
+        finally:
+            meter.ended(method, code)
 
     return guarded
+
+
+def _code_of(context: Any) -> str:
+    """The status that a servicer aborted with."""
+    code = context.code()
+    return code.name if isinstance(code, grpc.StatusCode) else UNKNOWN
+
+
+def _name_of(error: Exception) -> str:
+    return (error.code if isinstance(error, errors.MilepostError) else grpc.StatusCode.INTERNAL).name
 
 
 async def _abort(context: Any, error: Exception, method: str) -> NoReturn:
