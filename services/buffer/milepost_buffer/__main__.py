@@ -47,7 +47,12 @@ async def serving(settings: BufferSettings) -> AsyncGenerator[tuple[GrpcServer, 
 
 
 async def _start_redis(settings: BufferSettings, stack: AsyncExitStack) -> str:
-    redis = EmbeddedRedis(settings.data_dir, appendfsync=settings.appendfsync, wait_s=settings.redis_wait_s)
+    redis = EmbeddedRedis(
+        settings.data_dir,
+        appendfsync=settings.appendfsync,
+        wait_s=settings.redis_wait_s,
+        liveness_timeout_s=settings.redis_liveness_timeout_s,
+    )
     await stack.enter_async_context(redis)
     return redis.url
 

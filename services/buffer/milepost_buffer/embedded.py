@@ -4,7 +4,8 @@
         ... redis.url ...
 
 The child holds a lock on the folder for as long as it lives, so that two servers never write one file; it
-gets SIGTERM when its parent ends, whatever way that happens. Its data stay for the next start.
+gets SIGTERM when its parent ends, whatever way that happens. Its data stay for the next start. A child that
+answers no PING for `liveness_timeout_s` is killed, and restarted like one that died: it is stopped or stuck.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from milepost import errors
+from milepost_common.liveness import until_silent
 from milepost_common.process import die_with_parent
 
 SOCKET_PATH_LIMIT = 100
@@ -56,11 +58,20 @@ class EmbeddedRedis:
       data_dir: folder of its append-only file; made when missing.
       appendfsync: `always` or `everysec`.
       wait_s: how long to wait for another server to leave the folder.
+      liveness_timeout_s: a server that has not answered for so long is killed; 0: never.
     """
 
-    def __init__(self, data_dir: str | Path, *, appendfsync: str = "always", wait_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        data_dir: str | Path,
+        *,
+        appendfsync: str = "always",
+        wait_s: float = 10.0,
+        liveness_timeout_s: float = 0.0,
+    ) -> None:
         self.data_dir = Path(data_dir).resolve()
         self._appendfsync, self._wait_s = appendfsync, wait_s
+        self._liveness_timeout_s = liveness_timeout_s
         self._binary = server_binary()
         self._socket_dir: str | None = None
         self._lock: IO[bytes] | None = None
@@ -112,13 +123,14 @@ class EmbeddedRedis:
 
     async def _take_lock(self) -> None:
         """Locks the folder. The child inherits the descriptor: the lock lasts until both are gone."""
-        self._lock = (self.data_dir / "lock").open("ab")
+        self._lock = (self.data_dir / "lock").open("a+b")
         deadline = asyncio.get_running_loop().time() + self._wait_s
         while True:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
+                self._wake_holder()
                 if asyncio.get_running_loop().time() >= deadline:
                     self._lock.close()
                     raise errors.FailedPrecondition(
@@ -127,6 +139,22 @@ class EmbeddedRedis:
                         reason="DATA_DIR_IN_USE",
                     ) from None
             await asyncio.sleep(0.05)
+
+    def _wake_holder(self) -> None:
+        """A server that was suspended and whose buffer died has its SIGTERM pending: let it hear that."""
+        assert self._lock is not None
+        self._lock.seek(0)
+        holder = self._lock.read().decode(errors="replace")
+        with contextlib.suppress(OSError, ValueError):
+            if "redis" in Path(f"/proc/{int(holder)}/comm").read_text():
+                os.kill(int(holder), signal.SIGCONT)
+
+    def _sign(self, pid: int) -> None:
+        """Leaves the name of the folder's holder in the lock file."""
+        assert self._lock is not None
+        self._lock.truncate(0)
+        self._lock.write(str(pid).encode())
+        self._lock.flush()
 
     async def _spawn(self) -> None:
         assert self._lock is not None
@@ -146,6 +174,7 @@ class EmbeddedRedis:
             )
         finally:
             log_file.close()
+        self._sign(self._process.pid)
 
     def _arguments(self) -> list[str]:
         options = {
@@ -166,7 +195,7 @@ class EmbeddedRedis:
         loop = asyncio.get_running_loop()
         while self._process is not None:
             started = loop.time()
-            status = await self._process.wait()
+            status = await self._until_dead(self._process)
             delay = RESTART_DELAY_S if loop.time() - started > STEADY_S else delay
             log.error(
                 "embedded redis ended with status %s; its log is %s; starting it again in %.1f s",
@@ -183,12 +212,41 @@ class EmbeddedRedis:
             ) as error:  # no memory, no processes: this round found it dead, and so will the next
                 log.error("embedded redis cannot be started: %s; trying again", error)
 
+    async def _until_dead(self, process: asyncio.subprocess.Process) -> int:
+        """Waits for the child's end, and brings it about where it is silent for too long."""
+        watching = asyncio.create_task(self._watch(process), name="watch redis")
+        try:
+            return await process.wait()
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        if not self._liveness_timeout_s:
+            return
+        why = await until_silent(self._ping, timeout_s=self._liveness_timeout_s)
+        log.error("embedded redis has not answered for %g s (%s): killed", self._liveness_timeout_s, why)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+
+    async def _ping(self, within_s: float) -> None:
+        """Asks for a sign of life; an error reply (it loads its file, a script is busy) is one too."""
+        del within_s  # the caller's deadline holds
+        reader, writer = await asyncio.open_unix_connection(str(self._socket))
+        try:
+            writer.write(b"PING\r\n")
+            if not await reader.readline():
+                raise ConnectionResetError("it closed the connection")
+        finally:
+            writer.close()
+
     async def _stop(self) -> None:
         process = self._process
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
+            process.send_signal(signal.SIGCONT)  # a suspended one would not hear it
         try:
             await asyncio.wait_for(process.wait(), STOP_WAIT_S)
         except TimeoutError:

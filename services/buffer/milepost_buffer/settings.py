@@ -26,6 +26,9 @@ class BufferSettings(ServiceSettings, table="buffer"):
     redis_wait_s: float = Field(default=10.0, ge=0, le=3600)
     """How long to wait at the start for Redis to answer, or for `data_dir` to be free, in seconds."""
 
+    redis_liveness_timeout_s: float = Field(default=15.0, ge=0, le=3600)
+    """The embedded server is killed and started again when it answered nothing for this long; 0: never."""
+
     require_aof: bool = True
     """Refuse a Redis without an append-only file. False accepts that a restart of Redis loses the run."""
 
