@@ -28,6 +28,7 @@ from typing import TypeVar
 
 from milepost import errors
 from milepost.channel import NO_RETRY
+from milepost.client.base import DEFAULT_TIMEOUT_S
 from milepost.client.buffer import BufferClient
 from milepost.jsonl import parse_line
 from milepost.types import Prompt, PromptItem, PutPromptsResult
@@ -115,6 +116,7 @@ class FeedOptions:
       retry_s: how long the buffer may not answer later on.
       stall_s: how long to wait for credits.
       credit_wait_s: what one call waits for credits, at most 60.
+      timeout_s: deadline of one call, besides that wait.
     """
 
     run_id: str
@@ -128,6 +130,7 @@ class FeedOptions:
     retry_s: float = 120.0
     stall_s: float = 86_400.0
     credit_wait_s: float = 5.0
+    timeout_s: float = DEFAULT_TIMEOUT_S
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= MAX_BATCH:
@@ -174,7 +177,7 @@ class Feeder:
         self._options = options
         self._source_id = options.source_id or self._path.name
         self._dataset = options.dataset or self._path.stem
-        self._client = BufferClient(buffer, retry=NO_RETRY)
+        self._client = BufferClient(buffer, retry=NO_RETRY, timeout_s=options.timeout_s)
         self._buffer = f"the buffer at {buffer}"
         self._on_progress, self._on_bad_line, self._on_accepted = on_progress, on_bad_line, on_accepted
         self._progress = FeedProgress()

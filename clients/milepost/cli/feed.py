@@ -49,6 +49,13 @@ def add(commands: Any, text: str) -> None:
         "--stall-s", type=float, default=86_400.0, metavar="S", help="how long to wait for credits"
     )
     parser.add_argument(
+        "--timeout-s",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="deadline of one call (default: %(default)s)",
+    )
+    parser.add_argument(
         "--acknowledged", default="", metavar="FILE", help="append accepted ids, a witness for the audit"
     )
     parser.set_defaults(run=feed)
@@ -79,6 +86,7 @@ async def feed(options: argparse.Namespace) -> int:
         wait_s=options.wait_s,
         retry_s=options.retry_s,
         stall_s=options.stall_s,
+        timeout_s=options.timeout_s,
     )
     with ExitStack() as stack:
         line = stack.enter_context(ProgressLine(options.file))

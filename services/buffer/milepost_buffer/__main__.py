@@ -31,7 +31,12 @@ async def serving(settings: BufferSettings) -> AsyncGenerator[tuple[GrpcServer, 
     async with AsyncExitStack() as stack:
         url = settings.redis_url or await _start_redis(settings, stack)
         ledger = await stack.enter_async_context(
-            open_ledger(url, redis_wait_s=settings.redis_wait_s, require_aof=settings.require_aof)
+            open_ledger(
+                url,
+                redis_wait_s=settings.redis_wait_s,
+                redis_timeout_s=settings.redis_timeout_s,
+                require_aof=settings.require_aof,
+            )
         )
         server = GrpcServer(listen=settings.listen, advertise=settings.advertise)
         server.add(

@@ -22,7 +22,7 @@ from milepost import errors
 SCHEMA_KEY = "mp:schema"
 SCHEMA = "1"
 CONNECT_TIMEOUT_S = 3.0
-CALL_TIMEOUT_S = 15.0
+CALL_TIMEOUT_S = 8.0
 RETRY_S = 0.1
 QUIET_S = 2.0
 
@@ -38,15 +38,15 @@ class RedisLink:
       client: the pool.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self.url = without_password(url)
         self.run_id = ""
         try:
             self.client: Redis = Redis.from_url(
                 url,
                 protocol=2,
-                socket_timeout=CALL_TIMEOUT_S,
-                socket_connect_timeout=CONNECT_TIMEOUT_S,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=min(CONNECT_TIMEOUT_S, timeout_s),
                 retry=Retry(NoBackoff(), 0),
                 redis_connect_func=self._on_connect,
             )

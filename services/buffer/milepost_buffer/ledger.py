@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from milepost_buffer.accounts import Accounts
-from milepost_buffer.connection import RedisLink
+from milepost_buffer.connection import CALL_TIMEOUT_S, RedisLink
 from milepost_buffer.prompts import Prompts
 from milepost_buffer.runs import Runs
 from milepost_buffer.steps import Steps
@@ -40,13 +40,19 @@ class Ledger:
 
 @asynccontextmanager
 async def open_ledger(
-    redis_url: str, *, redis_wait_s: float = 10.0, require_aof: bool = True, clock: Clock | None = None
+    redis_url: str,
+    *,
+    redis_wait_s: float = 10.0,
+    redis_timeout_s: float = CALL_TIMEOUT_S,
+    require_aof: bool = True,
+    clock: Clock | None = None,
 ) -> AsyncGenerator[Ledger]:
     """Connects to a Redis, checks that it may hold a ledger, and closes everything at the end.
 
     Args:
       redis_url: redis://, rediss:// or unix://.
       redis_wait_s: how long to wait for Redis to answer.
+      redis_timeout_s: deadline of one call to it.
       require_aof: refuse a Redis without append-only file.
       clock: time in ms, for tests.
 
@@ -54,7 +60,7 @@ async def open_ledger(
       Unavailable: Redis did not answer in time.
       FailedPrecondition: Redis would lose or evict the ledger; the message names the setting.
     """
-    link = RedisLink(redis_url)
+    link = RedisLink(redis_url, timeout_s=redis_timeout_s)
     store, bell = Store(link, clock=clock), Bell(link)
     try:
         await link.wait_ready(wait_s=redis_wait_s)

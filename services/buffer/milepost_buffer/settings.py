@@ -26,6 +26,10 @@ class BufferSettings(ServiceSettings, table="buffer"):
     redis_wait_s: float = Field(default=10.0, ge=0, le=3600)
     """How long to wait at the start for Redis to answer, or for `data_dir` to be free, in seconds."""
 
+    redis_timeout_s: float = Field(default=8.0, gt=0, le=600)
+    """Deadline of one call to Redis, in seconds; shorter than the clients' own, which then are told who is
+    away."""
+
     redis_liveness_timeout_s: float = Field(default=15.0, ge=0, le=3600)
     """The embedded server is killed and started again when it answered nothing for this long; 0: never."""
 

@@ -5,7 +5,8 @@ changed.
 
 The letters are documented at the head of ledger.lua. A listener registers before it asks, so that a change
 between asking and sleeping is not missed. Between a broken subscription and its repair, and against anything
-unforeseen, listeners ask again every `FALLBACK_S`. Owned by the process; listeners own nothing.
+unforeseen, listeners ask again every `FALLBACK_S`. A subscription that is silent for `QUIET_S` is pinged, and
+made anew if that is not answered either. Owned by the process; listeners own nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +26,7 @@ from milepost_buffer.connection import RedisLink
 FALLBACK_S = 5.0
 BLIND_FALLBACK_S = 0.5
 RECONNECT_S = 0.5
+QUIET_S = 5.0
 _CHANNEL = re.compile(rb"^mp:\{(.+)\}:wake$")
 
 T = TypeVar("T")
@@ -122,14 +124,23 @@ class Bell:
         pubsub: Any = self._link.client.pubsub()
         try:
             await pubsub.psubscribe("mp:*:wake")
+            asked = False
             while True:
-                message = await pubsub.get_message(timeout=None)
-                if message is None:
-                    continue
-                if message["type"] == "psubscribe":
-                    self._subscribed = True
-                    self._ring_all()
-                elif found := _CHANNEL.match(message["channel"]):
-                    self._ring(found[1].decode(), message["data"].decode())
+                message = await pubsub.get_message(timeout=QUIET_S)
+                if message is not None:
+                    asked = False
+                    self._hear(message)
+                elif asked:
+                    raise ConnectionError(f"no word for {2 * QUIET_S:g} s, nor an answer to a ping")
+                else:
+                    await pubsub.ping()
+                    asked = True
         finally:
             await pubsub.aclose()
+
+    def _hear(self, message: Mapping[str, Any]) -> None:
+        if message["type"] == "psubscribe":
+            self._subscribed = True
+            self._ring_all()
+        elif message["type"] == "pmessage" and (found := _CHANNEL.match(message["channel"])):
+            self._ring(found[1].decode(), message["data"].decode())

@@ -24,6 +24,7 @@ import aiohttp
 import orjson
 
 from milepost.types import Int32Array
+from milepost_common.peers import open_socket
 from milepost_rollout.replies import Generation, RouterRecord, RubbishReply, parse_reply
 
 KEEP_IDLE_S = 4.0
@@ -122,7 +123,11 @@ class EngineClient:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=KEEP_IDLE_S)
+            connector = aiohttp.TCPConnector(
+                limit=self._max_connections,
+                keepalive_timeout=KEEP_IDLE_S,
+                socket_factory=open_socket,
+            )
             self._session = aiohttp.ClientSession(
                 connector=connector,
                 timeout=aiohttp.ClientTimeout(total=None),

@@ -198,7 +198,7 @@ async def _gateway(parts: _Parts, roller: GroupRoller, scorer: Scorer) -> Gatewa
             reason="BAD_SETTING",
         )
     return Gateway(
-        await parts.own(BufferClient(settings.buffer)),
+        await parts.own(BufferClient(settings.buffer, timeout_s=settings.ledger_timeout_s)),
         roller=roller,
         settings=GatewaySettings(
             run_id=settings.run_id,
@@ -224,7 +224,10 @@ async def _no_run() -> RunConfig:
 
 async def _evaluator(parts: _Parts, roller: GroupRoller, gateway: Gateway | None) -> Evaluator:
     settings = parts.settings.evaluate
-    versions = await parts.own(WeightClient(parts.settings.buffer)) if gateway else None
+    versions: WeightClient | None = None
+    if gateway:
+        client = WeightClient(parts.settings.buffer, timeout_s=parts.settings.ledger_timeout_s)
+        versions = await parts.own(client)
     evaluator = Evaluator(
         roller=roller,
         config=gateway.config if gateway else _no_run,

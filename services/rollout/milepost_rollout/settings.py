@@ -42,6 +42,8 @@ class RolloutSettings(ServiceSettings, table="rollout"):
     """`host:port` of the router's gRPC, asked for the engines' context length. Empty: not asked."""
     buffer: str = "127.0.0.1:7101"
     """`host:port` of the ledger. Empty: standalone, only streams and evaluations are served."""
+    ledger_timeout_s: float = Field(10.0, gt=0, le=600)
+    """Deadline of one call to the buffer, besides the time that the call is asked to wait."""
     run_id: str = ""
     """The run whose prompts are rolled out. Empty: standalone."""
     gateway_id: str = ""

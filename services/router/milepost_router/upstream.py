@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from milepost_common import peers
+
 HIGH_WATER = 256 * 1024
 KEEP_IDLE_S = 4.0
 """uvicorn closes idle connections after 5 s; ours leave earlier, so that no request meets a closing one."""
@@ -156,6 +158,11 @@ class Connection(asyncio.Protocol):
             pieces.append(piece)
             size += len(piece)
         return b"".join(pieces), False
+
+    def watch_peer(self) -> None:
+        """Breaks when the engine's host vanishes, whatever the deadline of the exchange is."""
+        if self._transport is not None and not self._transport.is_closing():
+            peers.watch_peer(self._transport.get_extra_info("socket"))
 
     def abort(self, error: UpstreamError) -> None:
         """Ends the exchange with `error` and closes the connection."""
@@ -297,6 +304,7 @@ class Pool:
             raise Refused(message, connected=False) from None
         except OSError as error:
             raise Refused(f"{origin}: {error.strerror or error}", connected=False) from error
+        connection.watch_peer()
         self._all.add(connection)
         return connection
 

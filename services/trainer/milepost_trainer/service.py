@@ -65,7 +65,9 @@ async def serve(settings: TrainerSettings, stop: asyncio.Event) -> int:
         async with AsyncExitStack() as stack:
             world, learner = await asyncio.to_thread(build_learner, settings)
             stack.callback(leave, world)
-            client = await stack.enter_async_context(BufferClient(settings.buffer, retry=NO_RETRY))
+            client = await stack.enter_async_context(
+                BufferClient(settings.buffer, retry=NO_RETRY, timeout_s=settings.ledger_timeout_s)
+            )
             rank = Rank(world, learner, fetch=_Fetcher(client, settings.run.run_id))
             stack.push_async_callback(rank.close)
             await rank.on_thread(lambda: torch.set_num_threads(settings.threads))
@@ -125,7 +127,9 @@ async def _lead(settings: TrainerSettings, rank: Rank, stack: AsyncExitStack, st
     run_id, world = settings.run.run_id, rank.world
     crew = Crew(rank)
     state = TrainerState(run_id=run_id, world_size=world.size)
-    buffer = await stack.enter_async_context(BufferClient(settings.buffer, retry=_PATIENT))
+    buffer = await stack.enter_async_context(
+        BufferClient(settings.buffer, retry=_PATIENT, timeout_s=settings.ledger_timeout_s)
+    )
     ledger = Ledger(buffer, run_id=run_id, config=to_run_config(settings.run))
     store = CheckpointStore(Path(settings.checkpoint.dir), run_id=run_id, keep=settings.checkpoint.keep)
     publisher = await _publisher(settings, crew, rank.learner.backend, stack)

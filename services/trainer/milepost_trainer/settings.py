@@ -274,6 +274,8 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """Tokens whose logits exist at once."""
     collective_timeout_s: float = Field(default=300.0, gt=0)
     """Deadline of collectives between ranks."""
+    ledger_timeout_s: float = Field(default=10.0, gt=0, le=600)
+    """Deadline of one call to the buffer, besides the time that the call is asked to wait."""
     lease_wait_s: float = Field(default=5.0, gt=0, le=60)
     """How long one LeaseStep call waits; the trainer asks until the step comes."""
     prefetch: bool = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 
 import pytest
@@ -10,7 +12,9 @@ from redis.asyncio import Redis
 
 from milepost import errors
 from milepost import types as t
+from milepost_buffer import wake
 from milepost_buffer.connection import SCHEMA_KEY, check_durability, without_password
+from milepost_buffer.embedded import EmbeddedRedis
 from milepost_buffer.ledger import open_ledger
 from milepost_buffer.wake import Answer, Bell
 
@@ -168,6 +172,26 @@ async def test_nothing_is_asked_again_while_nothing_changes(bench) -> None:
     await _until_listening(bench.ledger.bell, bench.run_id)
     await bench.put(1)  # rings p, not v
     assert await asyncio.wait_for(waiting, SOON_S) <= 3  # first, subscription made, time is up
+
+
+async def test_a_subscription_to_a_redis_that_fell_silent_is_made_anew(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(wake, "QUIET_S", 0.05)
+
+    async def ask() -> Answer[None]:
+        return Answer(None, False)
+
+    async with EmbeddedRedis(tmp_path) as redis, open_ledger(redis.url, redis_timeout_s=0.2) as ledger:
+        waiting = asyncio.create_task(ledger.bell.wait_for("r", "v", ask, max_wait_s=60))
+        await _until_listening(ledger.bell, "r")
+        os.kill(redis.pid, signal.SIGSTOP)  # its connections stand, and nothing comes
+        try:
+            async with asyncio.timeout(SOON_S):
+                while ledger.bell.is_listening("r"):  # noqa: ASYNC110  # the Bell has no event for tests
+                    await asyncio.sleep(0.002)
+        finally:
+            os.kill(redis.pid, signal.SIGCONT)
+        await _until_listening(ledger.bell, "r")
+        waiting.cancel()
 
 
 async def _until_listening(bell: Bell, run_id: str) -> None:
