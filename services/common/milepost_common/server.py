@@ -23,12 +23,12 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
 from milepost import errors
 from milepost.channel import SERVER_OPTIONS, check_address
 from milepost.status import DETAILS_KEY, to_status_bytes
 from milepost_common.metrics.calls import OK, CallMeter
+from milepost_common.reflection import add_reflection
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +75,7 @@ class GrpcServer:
         """
         check_address("listen", self._listen, lowest_port=0)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
-        )
+        add_reflection(self._server, names=[*self._names, health.SERVICE_NAME])
         try:
             self.port = self._server.add_insecure_port(self._listen)
         except RuntimeError as error:
