@@ -64,9 +64,19 @@ class EngineApi:
         """`weight_version` and what it is made of."""
         return await self._call("GET", "/model_info", timeout_s=timeout_s)
 
-    async def server_info(self) -> dict[str, Any]:
-        """Version and launch arguments."""
-        return await self._call("GET", "/server_info")
+    async def server_info(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """Version and launch arguments; SGLang's scheduler answers it, paused or not."""
+        return await self._call("GET", "/server_info", timeout_s=timeout_s)
+
+    async def has_route(self, path: str) -> bool:
+        """Whether it knows a route, by a method that none of its routes takes, so that nothing is done."""
+        try:
+            await self._call("DELETE", path, json_reply=False)
+        except EngineRefused as refusal:
+            if refusal.status not in (404, 405):
+                raise
+            return refusal.status == 405
+        return True
 
     async def checksum(self) -> dict[str, Any]:
         """Digest of its weights; also waits until they are written."""
@@ -83,7 +93,7 @@ class EngineApi:
         await self._call("POST", "/weights_checker", body)
 
     async def read_back(self, name: str) -> None:
-        """Reads one parameter, which waits until the weights are written."""
+        """Reads one parameter, which waits until the weights are written; SGLang can it for few models."""
         body = {"name": name, "truncate_size": 1}
         await self._call("POST", "/get_weights_by_name", body, json_reply=False)
 
@@ -155,7 +165,12 @@ class EngineApi:
 
     async def load_folder(self, folder: str, *, timeout_s: float) -> None:
         """Loads safetensors from a folder."""
-        body = {"model_path": folder, "flush_cache": False, "abort_all_requests": False}
+        body = {
+            "model_path": folder,
+            "load_format": "auto",  # unset, SGLang loads as it did at its start, dummy weights too
+            "flush_cache": False,
+            "abort_all_requests": False,
+        }
         await self._call("POST", "/update_weights_from_disk", body, timeout_s=timeout_s)
 
     # ------------------------------------------------------------------------------------ the call

@@ -87,6 +87,11 @@ class Member:
         return max(1, self.record.capabilities.tensor_parallel_size)
 
     @property
+    def _ours(self) -> bool:
+        """It is the CPU engine, which checks more than SGLang does."""
+        return self.record.capabilities.engine.startswith("milepost")
+
+    @property
     def present(self) -> bool:
         """It is still the engine that was reserved."""
         return self.record.state in _HERE and self.record.transaction == self._transaction_id
@@ -113,7 +118,7 @@ class Member:
     async def fit(self, manifest: Sequence[TensorSpec]) -> None:
         """Makes sure that the manifest is its model, whole, before its first byte; SGLang cannot be asked."""
         self._require_present()
-        if manifest and self.record.capabilities.engine.startswith("milepost"):
+        if manifest and self._ours:
             await self._api.require_fit(manifest)
 
     async def open(self, mode: PauseMode) -> None:
@@ -151,7 +156,7 @@ class Member:
             else:
                 await self._api.receive_handles(handles_of(header, self), timeout_s=timeout_s)
         except EngineRefused:
-            if self.record.capabilities.engine.startswith("milepost"):
+            if self._ours:
                 self.touched = touched_before  # it checks a bucket whole before it writes any of it
             raise
 
@@ -168,8 +173,9 @@ class Member:
         if self._session:
             await self._api.end_update()
             self._session = False
-        if with_checksum and self.record.capabilities.checksum:
-            return checksum_of(await self._api.checksum())
+        if self.record.capabilities.checksum and (with_checksum or not self._ours):
+            checksum = checksum_of(await self._api.checksum())  # SGLang synchronises here for every model
+            return checksum if with_checksum else ""
         if last_tensor:
             await self._api.read_back(last_tensor)
         return ""

@@ -1,9 +1,13 @@
 """Looks at every engine, and at once at one that a connection broke to.
 
-    each interval, each engine:  /health, /model_info ──> fleet.probe_ok / probe_failed
-                                 first look: /server_info ──> what it can do
+    each interval, each engine:  is it alive, /model_info ──> fleet.probe_ok / probe_failed
+                                 first look: /server_info, its routes ──> what it can do
     a STALE engine with complete weights ──> the ledger's word ──> resume it ──> fleet.admit
     an engine with half an update and no transaction ──> end its requests, resume it; it stays STALE
+
+SGLang's /health generates a token, so it takes a second and fails while the engine is paused. It is asked
+once, to learn whether the engine has started; from then on /server_info, which its scheduler answers, is the
+sign of life. An engine joins by its URL alone; one that our launcher started also has its GPUs' UUIDs.
 
 The prober owns its tasks: the round, and at most one look an engine. Each look has a deadline.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -99,10 +104,8 @@ class Prober:
         loop = asyncio.get_running_loop()
         try:
             if not record.capabilities.engine:
-                self._fleet.capable(record, capabilities_of(await api.server_info()))
-            await api.health(timeout_s=self._timeout_s)
-            info = await api.model_info(timeout_s=self._timeout_s)
-            text = _version_of(record, info)
+                self._fleet.capable(record, await _capabilities(record, api))
+            text = await self._alive(record, api)
         except EngineFault as fault:
             self._fleet.probe_failed(record, str(fault), generation=generation)
             return
@@ -110,6 +113,20 @@ class Prober:
         self._fleet.probe_ok(record, text, generation=generation, now=loop.time())
         if record.state is EngineState.STALE and not record.transaction and not self._fleet.unversioned:
             await self._settle(record, api, new=new)
+
+    async def _alive(self, record: EngineRecord, api: EngineApi) -> str:
+        """Makes sure that it lives; returns its version string."""
+        ours = record.capabilities.engine.startswith("milepost")
+        if ours:
+            await api.health(timeout_s=self._timeout_s)
+        else:
+            await api.server_info(timeout_s=self._timeout_s)
+        text = _version_of(record, await api.model_info(timeout_s=self._timeout_s))
+        new = record.state in (EngineState.JOINING, EngineState.DEAD)
+        if new and not ours and not version_string.is_written(text):
+            await api.resume()  # a router that died in this very moment may have paused it
+            await api.health(timeout_s=self._timeout_s)
+        return text
 
     async def _settle(self, record: EngineRecord, api: EngineApi, *, new: bool) -> None:
         """Admits an engine with complete weights; frees one that an earlier router left in mid-update."""
@@ -147,22 +164,56 @@ def _version_of(record: EngineRecord, info: dict[str, Any]) -> str:
     return text
 
 
-def capabilities_of(info: dict[str, Any]) -> t.EngineCapabilities:
-    """What an engine can do, from its /server_info; a release tells its rules."""
+async def _capabilities(record: EngineRecord, api: EngineApi) -> t.EngineCapabilities:
+    """What an engine can do: what its release says, the routes it has, and what its launcher registered."""
+    info = await api.server_info()
+    found = capabilities_of(info, gpu_uuids=record.capabilities.gpu_uuids)
+    if found.engine.startswith("milepost"):
+        return found
+    if _keeps_prefixes(info):
+        log.warning(
+            "%s: %s flushes its prefix cache only at rest, so requests that an update holds may go on from "
+            "KV of older weights; start it with --disable-radix-cache, or take a newer release",
+            record.engine_id,
+            found.engine,
+        )
+    return dataclasses.replace(
+        found,
+        update_session=await api.has_route("/begin_weight_update"),
+        checksum=await api.has_route("/weights_checker"),
+    )
+
+
+def _keeps_prefixes(info: dict[str, Any]) -> bool:
+    """Its prefix cache outlives an update under load: so it is before 0.5.21."""
+    return _numbers(str(info.get("version") or "0")) < (0, 5, 21) and not info.get("disable_radix_cache")
+
+
+def capabilities_of(info: dict[str, Any], *, gpu_uuids: tuple[str, ...] = ()) -> t.EngineCapabilities:
+    """What an engine can do, from its /server_info; a release tells its rules.
+
+    Args:
+      info: the answer of /server_info.
+      gpu_uuids: its GPUs, one a tensor-parallel rank, where its launcher registered them: weights go by CUDA
+        IPC to these alone.
+    """
     release = str(info.get("version") or "0")
     numbers = _numbers(release)
     ours = info.get("engine") == "milepost_engine"
+    ranks = _positive(info.get("tp_size"), 1)
     if ours:
         transports = (Transport.GLOO, Transport.SHM, Transport.DISK)
     else:
-        transports = (Transport.NCCL, Transport.CUDA_IPC, Transport.DISK)
+        by_ipc = (Transport.CUDA_IPC,) if len(gpu_uuids) == ranks else ()
+        transports = (Transport.NCCL, *by_ipc, Transport.DISK)
     return t.EngineCapabilities(
         engine=f"{'milepost' if ours else 'sglang'} {release}",
         update_session=numbers >= (0, 5, 21),
         version_spans=numbers >= (0, 5, 19),
         checksum=numbers >= (0, 5, 17),
         transports=transports,
-        tensor_parallel_size=_positive(info.get("tp_size"), 1),
+        tensor_parallel_size=ranks,
+        gpu_uuids=gpu_uuids,
         context_length=_positive(info.get("context_length"), 0),
     )
 

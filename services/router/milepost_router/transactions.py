@@ -378,8 +378,8 @@ def _validate(request: t.PrepareRequest) -> None:
             f"term = {request.term}, attempt = {request.attempt}: both count from 1; take the term that "
             "ResumeConsumer gave"
         )
-    if request.transport not in (Transport.GLOO, Transport.SHM, Transport.DISK):
-        raise InvalidArgument(f"transport = {request.transport.name}: give GLOO, SHM or DISK")
+    if request.transport not in (Transport.GLOO, Transport.SHM, Transport.CUDA_IPC, Transport.DISK):
+        raise InvalidArgument(f"transport = {request.transport.name}: give GLOO, SHM, CUDA_IPC or DISK")
     if request.transport is Transport.GLOO and not (request.master_address and request.master_port):
         raise InvalidArgument(
             f"master_address = {request.master_address!r}, master_port = {request.master_port}: gloo needs "

@@ -29,6 +29,11 @@ def updating(transaction_id: str) -> str:
     return UPDATING + transaction_id
 
 
+def is_written(text: str) -> bool:
+    """A router wrote it: complete weights, or weights that are being replaced."""
+    return text.startswith(UPDATING) or parse(text) is not None
+
+
 def parse(text: str) -> LoadedVersion | None:
     """Reads a version string; None where it does not name complete weights of a run."""
     if text.startswith(UPDATING):

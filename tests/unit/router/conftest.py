@@ -30,6 +30,8 @@ class FakeEngine:
     Attributes:
       calls: paths in the order in which they came, without the probes.
       bodies: what came with them.
+      looks: method and path of everything else.
+      info: more for /server_info.
       reactions: by path, what to do instead of answering well; None answers well after all.
     """
 
@@ -40,6 +42,8 @@ class FakeEngine:
         self.checksum = "same"
         self.release = "0.5.21"
         self.kind = "milepost_engine"
+        self.info: dict[str, Any] = {}
+        self.looks: list[str] = []
         self.paused = False
         self.calls: list[str] = []
         self.bodies: dict[str, list[Any]] = {}
@@ -117,7 +121,9 @@ class FakeEngine:
         path = request.path
         self.keys.add(request.headers.get("authorization"))
         body = await request.json() if request.can_read_body else None
-        if request.method == "POST":
+        if request.method != "POST":
+            self.looks.append(f"{request.method} {path}")
+        else:
             async with self.happened:
                 self.calls.append(path.removeprefix("/"))
                 self.bodies.setdefault(path.removeprefix("/"), []).append(body)
@@ -139,7 +145,7 @@ class FakeEngine:
         elif path == "/model_info":
             return web.json_response({"weight_version": self.version_string})
         elif path == "/server_info":
-            return web.json_response({"engine": self.kind, "version": self.release, "tp_size": 1})
+            return web.json_response({"engine": self.kind, "version": self.release, "tp_size": 1} | self.info)
         elif path == "/weights_checker":
             return web.json_response({"success": True, "ranks": [{"per_gpu_checksum": self.checksum}]})
         return web.json_response({"success": True, "message": "done"})
@@ -288,6 +294,11 @@ async def until(check: Callable[[], bool]) -> None:
 
 class Tools:
     """Functions of this file for tests, which cannot import it."""
+
+    @staticmethod
+    def bench(**changes: Any) -> Bench:
+        """Transactions under other settings."""
+        return Bench(RouterSettings(**changes))
 
     request = staticmethod(request)
     bucket = staticmethod(bucket)

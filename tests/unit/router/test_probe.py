@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from milepost import types as t
 from milepost.types import EngineState, Transport
@@ -144,7 +145,7 @@ async def test_a_version_that_is_no_string_is_rubbish(fake_engine):
             t.EngineCapabilities(
                 engine="sglang 0.5.17",
                 checksum=True,
-                transports=(Transport.NCCL, Transport.CUDA_IPC, Transport.DISK),
+                transports=(Transport.NCCL, Transport.DISK),
                 tensor_parallel_size=4,
                 context_length=4096,
             ),
@@ -170,3 +171,84 @@ def test_what_an_engine_can_do_is_told_by_its_release(info, expected):
         assert found.tensor_parallel_size == 1
     else:
         assert found == expected
+
+
+@pytest.mark.parametrize("uuids, by_ipc", [(("GPU-1", "GPU-2"), True), (("GPU-1",), False), ((), False)])
+def test_cuda_ipc_needs_one_registered_gpu_a_rank(uuids, by_ipc):
+    found = probe.capabilities_of({"version": "0.5.21", "tp_size": 2}, gpu_uuids=uuids)
+    assert (Transport.CUDA_IPC in found.transports) is by_ipc
+    assert found.gpu_uuids == uuids
+
+
+def _without(routes: set[str]):
+    async def answer(request: Any, body: Any) -> web.Response:
+        return web.Response(status=404 if request.path in routes else 405)
+
+    return answer
+
+
+async def _sglang(fake_engine: Any, *, release: str, lacks: set[str]) -> Any:
+    fake = await fake_engine("a")
+    fake.kind, fake.release = "", release
+    for path in ("begin_weight_update", "weights_checker"):
+        fake.reactions[path] = _without(lacks)
+    return fake
+
+
+async def test_the_routes_of_sglang_say_what_it_can_do(fake_engine):
+    fake = await _sglang(fake_engine, release="0.5.21", lacks={"/begin_weight_update"})
+    async with Watch(fake, Judge()) as watch:
+        await watch.until(EngineState.STALE)
+        found = watch.record.capabilities
+    assert (found.engine, found.update_session, found.checksum) == ("sglang 0.5.21", False, True)
+    assert found.version_spans
+    assert set(fake.calls) == {"continue_generation"}, "looking changes nothing"
+
+
+async def test_what_a_launcher_registered_is_kept(fake_engine):
+    fake = await _sglang(fake_engine, release="0.5.17", lacks={"/begin_weight_update"})
+    watch = Watch(fake, Judge())
+    known = t.EngineCapabilities(gpu_uuids=("GPU-1",))
+    engine = t.Engine(engine_id=fake.name, url=fake.url, instance_id="launched", capabilities=known)
+    watch.record = watch.fleet.join(engine, now=0.0)
+    async with watch:
+        await watch.until(EngineState.STALE)
+        found = watch.record.capabilities
+    assert (found.engine, found.gpu_uuids) == ("sglang 0.5.17", ("GPU-1",))
+    assert found.transports == (Transport.NCCL, Transport.CUDA_IPC, Transport.DISK)
+
+
+async def test_a_paused_sglang_with_weights_is_not_asked_for_a_token(fake_engine):
+    """Its /health generates one, and so fails while it is paused."""
+    fake = await _sglang(fake_engine, release="0.5.21", lacks=set())
+    fake.break_down("health")
+    fake.version_string, fake.paused = "run/3/2", True
+    async with Watch(fake, Judge()) as watch:
+        await watch.until(EngineState.SERVING)
+    assert not fake.paused
+    assert "GET /health" not in fake.looks
+
+
+async def test_a_starting_sglang_joins_when_it_has_generated_a_token(fake_engine):
+    fake = await _sglang(fake_engine, release="0.5.21", lacks=set())
+    fake.break_down("health")
+    async with Watch(fake, Judge()) as watch:
+        await watch.until(EngineState.DEAD, "probes failed: a: GET /health")
+        fake.reactions.pop("health")
+        await watch.until(EngineState.STALE)
+
+
+@pytest.mark.parametrize(
+    "release, info, warns",
+    [
+        ("0.5.20", {}, True),
+        ("0.5.20", {"disable_radix_cache": True}, False),
+        ("0.5.21", {"disable_radix_cache": False}, False),
+    ],
+)
+async def test_prefixes_that_outlive_an_update_are_warned_of(fake_engine, caplog, release, info, warns):
+    fake = await _sglang(fake_engine, release=release, lacks=set())
+    fake.info = info
+    async with Watch(fake, Judge()) as watch:
+        await watch.until(EngineState.STALE)
+    assert ("--disable-radix-cache" in caplog.text) is warns

@@ -544,7 +544,12 @@ async def test_a_folder_needs_no_list_of_tensors(bench, tools):
     await take_part(bench, prepared).take(header)
     assert (await tools.commit(bench, prepared, num_buckets=1)).serving == ("a", "b")
     [body] = bench.engines["a"].bodies["update_weights_from_disk"]
-    assert body == {"model_path": "/weights/1", "flush_cache": False, "abort_all_requests": False}
+    assert body == {
+        "model_path": "/weights/1",
+        "load_format": "auto",
+        "flush_cache": False,
+        "abort_all_requests": False,
+    }
 
 
 async def test_a_version_that_redis_forgot_is_stated_again(bench, tools):
@@ -568,3 +573,30 @@ async def test_a_version_that_the_ledger_will_never_hold_again_is_replaced(bench
     prepared = await bench.transactions.prepare(tools.request(attempt=3))
     assert [m.engine_id for m in prepared.members] == ["a", "b"]
     assert prepared.version == 2
+
+
+async def test_weights_by_cuda_ipc_are_read_back_by_checksum_also_where_nobody_compares(fake_engine, tools):
+    """SGLang reads back single tensors of few models; its checksum waits for the GPU with every one."""
+    bench = tools.bench(verify_checksum=False)
+    fake = await fake_engine("a")
+    uuids = ("GPU-1",)
+    able = (t.Transport.CUDA_IPC,)
+    bench.join(fake, engine="sglang 0.5.17", update_session=False, transports=able, gpu_uuids=uuids)
+    try:
+        prepared = await bench.transactions.prepare(tools.request(transport=t.Transport.CUDA_IPC))
+        assert [m.gpu_uuids for m in prepared.members] == [uuids]
+        await tools.transfer(bench, prepared, transport=t.Transport.CUDA_IPC)
+        committed = await tools.commit(bench, prepared)
+    finally:
+        await bench.transactions.close()
+        bench.pool.close()
+    assert (committed.serving, committed.checksums) == (("a",), {})
+    assert fake.bodies["weights_checker"] == [{"action": "checksum"}]
+    assert "get_weights_by_name" not in fake.calls
+    [first, _] = fake.bodies["update_weights_from_tensor"]
+    assert first == {
+        "serialized_named_tensors": ['{"kind": "shm"}'],
+        "load_format": "flattened_bucket",
+        "flush_cache": False,
+        "abort_all_requests": False,
+    }
