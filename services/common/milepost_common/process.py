@@ -1,7 +1,7 @@
-"""What every service process does first: allocator, signals, logs, and an end that its parent can rely on.
+"""What every service process does first: allocator, signals, telemetry; and an end that a parent can rely on.
 
     if __name__ == "__main__":
-        sys.exit(run("router", main))
+        sys.exit(run("router", main, telemetry=settings.telemetry))
 
 `main(stop)` is a coroutine that serves until the event `stop` is set (by SIGTERM or SIGINT) and returns the
 exit status. A second signal, or `STOP_DEADLINE_S` after the first, ends the process whatever it is doing.
@@ -17,6 +17,12 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from milepost_common.telemetry import logs
+
+if TYPE_CHECKING:
+    from milepost_common.settings import TelemetrySettings
 
 STOP_DEADLINE_S = 30.0
 _PR_SET_PDEATHSIG = 1
@@ -27,16 +33,34 @@ Main = Callable[[asyncio.Event], Awaitable[int]]
 log = logging.getLogger(__name__)
 
 
-def run(name: str, main: Main, *, stop_deadline_s: float = STOP_DEADLINE_S) -> int:
-    """Runs a service's coroutine under uvloop until a signal stops it; returns the exit status."""
+def run(
+    name: str,
+    main: Main,
+    *,
+    telemetry: TelemetrySettings | None = None,
+    stop_deadline_s: float = STOP_DEADLINE_S,
+) -> int:
+    """Runs a service's coroutine under uvloop until a signal stops it; returns the exit status.
+
+    Args:
+      name: of the service.
+      main: serves until its event is set.
+      telemetry: format of the logs, and where traces go; None: text, and nowhere.
+      stop_deadline_s: from the signal to the end.
+    """
     import uvloop
 
-    set_up_logging(name)
+    set_up_logging(name, telemetry.log_format if telemetry else "text")
     faulthandler.enable()
     tune_malloc()
     if os.environ.get("MILEPOST_DIE_WITH_PARENT") == "1":
         die_with_parent()
-    return uvloop.run(_until_stopped(main, stop_deadline_s))
+    if telemetry is None:
+        return uvloop.run(_until_stopped(main, stop_deadline_s))
+    from milepost_common.telemetry.export import exporting
+
+    with exporting(name, telemetry):
+        return uvloop.run(_until_stopped(main, stop_deadline_s))
 
 
 async def _until_stopped(main: Main, stop_deadline_s: float) -> int:
@@ -62,15 +86,9 @@ def _give_up(deadline_s: float) -> None:
     os._exit(70)
 
 
-def set_up_logging(name: str) -> None:
+def set_up_logging(name: str, log_format: logs.LogFormat = "text") -> None:
     """Logs to stderr, one line an event; MILEPOST_LOG sets the level (default INFO)."""
-    level = os.environ.get("MILEPOST_LOG", "INFO").upper()
-    logging.basicConfig(
-        level=level,
-        stream=sys.stderr,
-        format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
+    logs.set_up(name, log_format)
 
 
 def announce(name: str, **addresses: str) -> None:

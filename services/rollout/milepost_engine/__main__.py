@@ -132,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     async def until(stop: asyncio.Event) -> int:
         return await serve(settings, stop)
 
-    return process.run("engine", until, stop_deadline_s=settings.shutdown_timeout_s)
+    return process.run(
+        "engine", until, telemetry=settings.telemetry, stop_deadline_s=settings.shutdown_timeout_s
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ def main(argv: Sequence[str]) -> int:
         print("usage: python -m milepost_rollout serve [--config FILE] [--key value ...]", file=sys.stderr)
         return 2
     settings = load_or_exit(RolloutSettings, argv[1:])
-    return run("rollout", lambda stop: serve(settings, stop), stop_deadline_s=settings.drain_s + 15.0)
+    return run(
+        "rollout",
+        lambda stop: serve(settings, stop),
+        telemetry=settings.telemetry,
+        stop_deadline_s=settings.drain_s + 15.0,
+    )
 
 
 if __name__ == "__main__":

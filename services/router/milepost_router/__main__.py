@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
         return 2
     settings = load_or_exit(RouterSettings, argv[1:])
     try:
-        return run("router", lambda stop: serve(settings, stop))
+        return run("router", lambda stop: serve(settings, stop), telemetry=settings.telemetry)
     except MilepostError as error:
         print(f"milepost router: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidArgument) else 1

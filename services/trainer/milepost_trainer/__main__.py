@@ -39,13 +39,23 @@ def main(argv: Sequence[str]) -> int:
 def _serve(settings: TrainerSettings) -> int:
     from milepost_trainer.service import serve
 
-    return run("trainer", lambda stop: serve(settings, stop), stop_deadline_s=settings.shutdown_timeout_s)
+    return run(
+        "trainer",
+        lambda stop: serve(settings, stop),
+        telemetry=settings.telemetry,
+        stop_deadline_s=settings.shutdown_timeout_s,
+    )
 
 
 def _sft(settings: TrainerSettings) -> int:
     from milepost_trainer.sft import train
 
-    return run("sft", lambda stop: train(settings, stop), stop_deadline_s=settings.shutdown_timeout_s)
+    return run(
+        "sft",
+        lambda stop: train(settings, stop),
+        telemetry=settings.telemetry,
+        stop_deadline_s=settings.shutdown_timeout_s,
+    )
 
 
 if __name__ == "__main__":

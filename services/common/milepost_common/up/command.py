@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
     args = [*argv, "--config", config] if config and not names_config(argv) else list(argv)
     try:
         settings = load(UpSettings, args)
+        set_up_logging("up", settings.telemetry.log_format)
         plan = make_plan(settings, config=config)
         with _owner_of(plan.run_dir):
             return asyncio.run(_supervise(settings, plan, config))
