@@ -111,8 +111,17 @@ def from_proto(kind: type[T], message: Any) -> T:
     return kind(**{name: read(message) for name, (_, read) in _plan(kind).items()})
 
 
-def make_group(prompt: t.Prompt, *, attempt: int, samples: Sequence[t.Sample]) -> t.Group:
-    """Packs the samples of one prompt, ordered by index, into a group with a header that fits them."""
+def make_group(
+    prompt: t.Prompt, *, attempt: int, samples: Sequence[t.Sample], traceparent: str = ""
+) -> t.Group:
+    """Packs the samples of one prompt, ordered by index, into a group with a header that fits them.
+
+    Args:
+      prompt: as it was leased.
+      attempt: of the lease.
+      samples: all of them.
+      traceparent: of the rollout; empty: it is not traced.
+    """
     ordered = sorted(samples, key=lambda s: s.index)
     message = sample_pb2.GroupPayload(prompt=to_proto(prompt), samples=[to_proto(s) for s in ordered])
     payload = message.SerializeToString()
@@ -126,6 +135,7 @@ def make_group(prompt: t.Prompt, *, attempt: int, samples: Sequence[t.Sample]) -
         rewards=tuple(s.reward for s in ordered),
         num_loss_tokens=sum(int(np.count_nonzero(s.loss_mask)) for s in ordered),
         digest=hashlib.sha256(payload).digest(),
+        traceparent=traceparent,
     )
     return t.Group(header=header, payload=payload)
 

@@ -14,6 +14,7 @@ one given to `use_provider`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 TRACEPARENT = "traceparent"
@@ -40,6 +41,13 @@ def metadata() -> tuple[tuple[str, str], ...] | None:
     """gRPC metadata that hands the active span on; None without one."""
     value = active()
     return ((TRACEPARENT, value),) if value else None
+
+
+def mark(prompts: Iterable[Any], traceparent: str) -> None:
+    """Writes a trace context into those messages of prompts that have none."""
+    if traceparent:
+        for prompt in prompts:
+            prompt.traceparent = prompt.traceparent or traceparent
 
 
 def traceparent_of(context: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Self
 from google.protobuf.duration_pb2 import Duration
 from grpc.aio import AioRpcError, Channel
 
-from milepost import errors
+from milepost import errors, tracing
 from milepost.channel import DEFAULT_RETRY, REDIS_RUN_ID_KEY, RetryPolicy, open_channel
 from milepost.status import from_rpc_error
 
@@ -76,9 +76,10 @@ class ServiceClient:
     ) -> Any:
         """Calls a unary method with a deadline; repeats it while the service is unavailable."""
         deadline_s = (timeout_s or self._timeout_s) + (wait_s or 0.0)
+        metadata = tracing.metadata()
 
         async def once() -> Any:
-            call = method(request, timeout=deadline_s)
+            call = method(request, timeout=deadline_s, metadata=metadata)
             reply = await call
             for key, value in await call.trailing_metadata():
                 if key == REDIS_RUN_ID_KEY:

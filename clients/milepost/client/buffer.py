@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
+from milepost import tracing
 from milepost import types as t
 from milepost.client.base import ServiceClient, duration
 from milepost.convert import fill, from_proto, to_proto
@@ -55,7 +56,10 @@ class BufferClient(ServiceClient):
         expected_cursor: str = "",
         max_wait_s: float | None = None,
     ) -> t.PutPromptsResult:
-        """Offers up to 1024 prompts; a prefix is accepted. None for want of credits: ResourceExhausted."""
+        """Offers up to 1024 prompts; a prefix is accepted. None for want of credits: ResourceExhausted.
+
+        Prompts without a `traceparent` join the active span's trace, where there is one.
+        """
         request = pb.PutPromptsRequest(
             run_id=run_id,
             source_id=source_id,
@@ -63,6 +67,7 @@ class BufferClient(ServiceClient):
             items=[to_proto(i) for i in items],
             max_wait=duration(max_wait_s),
         )
+        tracing.mark((item.prompt for item in request.items), tracing.active())
         reply = await self._call(self._stub.PutPrompts, request, wait_s=max_wait_s)
         return from_proto(t.PutPromptsResult, reply)
 

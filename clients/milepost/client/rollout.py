@@ -7,6 +7,7 @@ from typing import Any
 
 from grpc.aio import AioRpcError
 
+from milepost import tracing
 from milepost import types as t
 from milepost.client.base import ServiceClient, duration
 from milepost.convert import from_proto, to_proto
@@ -31,12 +32,16 @@ class RolloutClient(ServiceClient):
     ) -> AsyncIterator[t.Trajectories]:
         """Streams prompts in and scored trajectories out, in the order they finish; never retried."""
 
+        traceparent = tracing.active()
+
         async def requests() -> AsyncIterator[Any]:
             yield pb.RolloutRequest(options=to_proto(options or t.RolloutOptions()))
             async for prompt in prompts:
-                yield pb.RolloutRequest(prompts=[to_proto(prompt)])
+                request = pb.RolloutRequest(prompts=[to_proto(prompt)])
+                tracing.mark(request.prompts, traceparent)
+                yield request
 
-        call = self._stub.Rollout(requests(), timeout=timeout_s)
+        call = self._stub.Rollout(requests(), timeout=timeout_s, metadata=tracing.metadata())
         try:
             async for message in call:
                 yield from_proto(t.Trajectories, message)

@@ -7,6 +7,7 @@ from typing import Any
 
 from grpc.aio import AioRpcError
 
+from milepost import tracing
 from milepost import types as t
 from milepost.client.base import ServiceClient, duration
 from milepost.convert import from_proto, to_proto
@@ -68,7 +69,7 @@ class RouterClient(ServiceClient):
             async for bucket in buckets:
                 yield to_proto(bucket)
 
-        call = self._stub.UpdateWeights(requests(), timeout=timeout_s)
+        call = self._stub.UpdateWeights(requests(), timeout=timeout_s, metadata=tracing.metadata())
         try:
             async for message in call:
                 yield from_proto(t.BucketAck, message)

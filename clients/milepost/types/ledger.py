@@ -152,6 +152,7 @@ class StepGroup:
     payload_bytes: int = 0
     rewards: tuple[float, ...] = ()
     num_loss_tokens: int = 0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

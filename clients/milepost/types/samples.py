@@ -97,6 +97,7 @@ class Sample:
     error: str = ""
     metadata_json: str = ""
     engine_id: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,7 @@ class GroupHeader:
     rewards: tuple[float, ...] = ()
     num_loss_tokens: int = 0
     digest: bytes = b""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -984,6 +984,7 @@ class StepGroup(_message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
     REWARDS_FIELD_NUMBER: _builtins.int
     NUM_LOSS_TOKENS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     prompt_id: _builtins.str
     """The prompt."""
     position: _builtins.int
@@ -996,6 +997,8 @@ class StepGroup(_message.Message):
     """Bytes of its payload."""
     num_loss_tokens: _builtins.int
     """Tokens trained on."""
+    traceparent: _builtins.str
+    """W3C trace context (`traceparent`) of its rollout. Unset: not traced."""
     @_builtins.property
     def num_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens of each sample."""
@@ -1015,10 +1018,11 @@ class StepGroup(_message.Message):
         payload_bytes: _builtins.int = ...,
         rewards: _abc.Iterable[_builtins.float] | None = ...,
         num_loss_tokens: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "num_loss_tokens", b"num_loss_tokens", "num_tokens", b"num_tokens", "payload_bytes", b"payload_bytes", "position", b"position", "prompt_id", b"prompt_id", "rewards", b"rewards", "staleness", b"staleness"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "num_loss_tokens", b"num_loss_tokens", "num_tokens", b"num_tokens", "payload_bytes", b"payload_bytes", "position", b"position", "prompt_id", b"prompt_id", "rewards", b"rewards", "staleness", b"staleness", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -370,7 +370,9 @@ class Prompt(_message.Message):
     reward: _builtins.str
     """Reward by name ("exact", "math", "regex:PATTERN", "module:function", "grpc://host:port"). Unset: the run's."""
     traceparent: _builtins.str
-    """W3C trace context of the client (`traceparent`). Unset: a new trace."""
+    """W3C trace context (`traceparent`) of the client, which is no part of the content. Unset: whoever accepts the
+    prompt may begin a trace and write it here.
+    """
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """A conversation; the gateway applies the tokenizer's chat template."""
@@ -472,6 +474,7 @@ class Sample(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     METADATA_JSON_FIELD_NUMBER: _builtins.int
     ENGINE_ID_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Position in its group, from 0."""
     tokens: _builtins.bytes
@@ -498,6 +501,8 @@ class Sample(_message.Message):
     """A JSON object from the environment or the reward. Unset: `{}`."""
     engine_id: _builtins.str
     """The engine that generated the last token."""
+    traceparent: _builtins.str
+    """W3C trace context (`traceparent`) of its making, as a child of the prompt's. Unset: it is not traced."""
     @_builtins.property
     def version_spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]:
         """Which weights generated which tokens; covers every token with `loss_mask` 1."""
@@ -523,10 +528,11 @@ class Sample(_message.Message):
         error: _builtins.str = ...,
         metadata_json: _builtins.str = ...,
         engine_id: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "error", b"error", "index", b"index", "logprobs", b"logprobs", "loss_mask", b"loss_mask", "metadata_json", b"metadata_json", "outcome", b"outcome", "prompt_length", b"prompt_length", "reward", b"reward", "reward_parts", b"reward_parts", "text", b"text", "tokens", b"tokens", "version_spans", b"version_spans", "version_spans_exact", b"version_spans_exact"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "error", b"error", "index", b"index", "logprobs", b"logprobs", "loss_mask", b"loss_mask", "metadata_json", b"metadata_json", "outcome", b"outcome", "prompt_length", b"prompt_length", "reward", b"reward", "reward_parts", b"reward_parts", "text", b"text", "tokens", b"tokens", "traceparent", b"traceparent", "version_spans", b"version_spans", "version_spans_exact", b"version_spans_exact"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -546,6 +552,7 @@ class GroupHeader(_message.Message):
     REWARDS_FIELD_NUMBER: _builtins.int
     NUM_LOSS_TOKENS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     prompt_id: _builtins.str
     """The prompt."""
     attempt: _builtins.int
@@ -554,6 +561,8 @@ class GroupHeader(_message.Message):
     """Tokens trained on, summed over the samples."""
     digest: _builtins.bytes
     """SHA-256 of the payload, 32 bytes."""
+    traceparent: _builtins.str
+    """W3C trace context (`traceparent`) of the rollout, which the seal and the step go on with. Unset: not traced."""
     @_builtins.property
     def num_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens of each sample, in order; its length is the number of samples."""
@@ -581,10 +590,11 @@ class GroupHeader(_message.Message):
         rewards: _abc.Iterable[_builtins.float] | None = ...,
         num_loss_tokens: _builtins.int = ...,
         digest: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "num_loss_tokens", b"num_loss_tokens", "num_tokens", b"num_tokens", "outcomes", b"outcomes", "prompt_id", b"prompt_id", "rewards", b"rewards", "weight_versions", b"weight_versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "num_loss_tokens", b"num_loss_tokens", "num_tokens", b"num_tokens", "outcomes", b"outcomes", "prompt_id", b"prompt_id", "rewards", b"rewards", "traceparent", b"traceparent", "weight_versions", b"weight_versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

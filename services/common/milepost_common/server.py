@@ -29,6 +29,8 @@ from milepost.channel import SERVER_OPTIONS, check_address
 from milepost.status import DETAILS_KEY, to_status_bytes
 from milepost_common.metrics.calls import OK, CallMeter
 from milepost_common.reflection import add_reflection
+from milepost_common.telemetry import tracing
+from milepost_common.telemetry.rpc import TraceInterceptor
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,10 @@ class GrpcServer:
     def __init__(self, *, listen: str, advertise: str = "", grace_s: float = GRACE_S) -> None:
         self._listen, self._advertise, self._grace_s = listen, advertise, grace_s
         self.meter = CallMeter()
-        self._server = aio.server(interceptors=[ErrorInterceptor(self.meter)], options=SERVER_OPTIONS)
+        interceptors: list[aio.ServerInterceptor] = [ErrorInterceptor(self.meter)]
+        if tracing.on:
+            interceptors.append(TraceInterceptor())
+        self._server = aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         self._health = HealthServicer()
         self._names: list[str] = []
         self.port = 0
