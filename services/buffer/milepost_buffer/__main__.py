@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from milepost import errors
 from milepost.v1.buffer_pb2_grpc import add_BufferServiceServicer_to_server
@@ -14,7 +14,9 @@ from milepost.v1.weights_pb2_grpc import add_WeightServiceServicer_to_server
 from milepost_buffer import buffer_servicer, weight_servicer
 from milepost_buffer.embedded import EmbeddedRedis
 from milepost_buffer.ledger import Ledger, open_ledger
+from milepost_buffer.metrics import LedgerView
 from milepost_buffer.settings import BufferSettings
+from milepost_common.metrics.export import serving as serving_metrics
 from milepost_common.process import announce, run
 from milepost_common.server import GrpcServer
 from milepost_common.settings import load_or_exit
@@ -51,6 +53,19 @@ async def serving(settings: BufferSettings) -> AsyncGenerator[tuple[GrpcServer, 
         yield server, ledger
 
 
+def metered(
+    settings: BufferSettings, server: GrpcServer, ledger: Ledger
+) -> AbstractAsyncContextManager[str]:
+    """Serves the buffer's metrics until the block ends, which gets their address."""
+    return serving_metrics(
+        "buffer",
+        [*server.meter.instruments, *ledger.instruments],
+        listen=settings.metrics_listen,
+        telemetry=settings.telemetry,
+        refresh=LedgerView(ledger.accounts, ledger.store).refresh,
+    )
+
+
 async def _start_redis(settings: BufferSettings, stack: AsyncExitStack) -> str:
     redis = EmbeddedRedis(
         settings.data_dir,
@@ -65,9 +80,9 @@ async def _start_redis(settings: BufferSettings, stack: AsyncExitStack) -> str:
 async def serve(settings: BufferSettings, stop: asyncio.Event) -> int:
     """Serves until `stop`; returns the exit status."""
     try:
-        async with serving(settings) as (server, ledger):
+        async with serving(settings) as (server, ledger), metered(settings, server, ledger) as metrics:
             log.info("ledger on %s", ledger.link.url)
-            announce("buffer", grpc=server.address)
+            announce("buffer", grpc=server.address, metrics=metrics)
             await stop.wait()
     except errors.InvalidArgument as error:
         print(f"milepost buffer: {error}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from milepost_buffer.steps import Steps
 from milepost_buffer.store import Clock, Store
 from milepost_buffer.versions import Versions
 from milepost_buffer.wake import Bell
+from milepost_common.metrics import Instrument
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,13 @@ class Ledger:
     steps: Steps
     versions: Versions
     accounts: Accounts
+
+    @property
+    def instruments(self) -> tuple[Instrument, ...]:
+        """What its parts count."""
+        prompts, store = self.prompts, self.store
+        own = (prompts.seals, prompts.sealed_bytes, prompts.refused)
+        return store.seconds, store.failures, self.bell.waited, *own
 
 
 @asynccontextmanager

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from milepost import errors
 from milepost import types as t
 from milepost_buffer import checks
+from milepost_buffer.metrics import PUTS_REFUSED, SEALED_BYTES, SEALS
 from milepost_buffer.store import Arg, Store
 from milepost_buffer.wake import Answer, Bell
+from milepost_common.metrics import Counter
 
 MAX_BATCH = 1024
 MAX_GROUPS = 256
@@ -61,10 +63,21 @@ class Leases:
 
 
 class Prompts:
-    """What prompt clients and gateways do."""
+    """What prompt clients and gateways do.
+
+    Attributes:
+      seals, sealed_bytes, refused: groups by answer, their payloads, and puts that were sent away.
+    """
 
     def __init__(self, store: Store, bell: Bell) -> None:
         self._store, self._bell = store, bell
+        self.seals, self.sealed_bytes = Counter(SEALS), Counter(SEALED_BYTES)
+        self.refused = Counter(PUTS_REFUSED)
+        for status in t.SealStatus:
+            if status:
+                self.seals.cell(status.name.lower())
+        for what in _BLOCKED:
+            self.refused.cell(f"no_{what.lower()}")
 
     # ------------------------------------------------------------------ sources
 
@@ -105,10 +118,12 @@ class Prompts:
             result = t.PutPromptsResult(
                 accepted=accepted, duplicates=duplicates, credits=credits, cursor=cursor.decode()
             )
-            return Answer((result, blocked.decode()), accepted > 0)
+            waits = ("feeder", blocked.decode().lower() or "credits")
+            return Answer((result, blocked.decode()), accepted > 0, waits=waits)
 
         result, blocked = await self._bell.wait_for(run_id, "c", ask, max_wait_s=max_wait_s)
         if result.accepted == 0:
+            self.refused.add(f"no_{blocked.lower()}")
             raise errors.ResourceExhausted(
                 f"items: {_BLOCKED[blocked]}",
                 reason=f"NO_{blocked}",
@@ -151,7 +166,8 @@ class Prompts:
                 ttl_s=ttl_ms / 1000,
                 num_samples=samples,
             )
-            return Answer(value, bool(leases), next_ms / 1000 if next_ms >= 0 else None)
+            next_s = next_ms / 1000 if next_ms >= 0 else None
+            return Answer(value, bool(leases), next_s, waits=("gateway", value.reason or "prompts"))
 
         return await self._bell.wait_for(run_id, "p", ask, max_wait_s=max_wait_s)
 
@@ -202,12 +218,20 @@ class Prompts:
             if problem is None:
                 args += _seal_args(group)
         answers = iter((await self._store.call(run_id, "seal", *args))[0])
-        return tuple(
+        results = tuple(
             t.SealResult(prompt_id=g.header.prompt_id, status=t.SealStatus.INVALID, message=problem)
             if problem is not None
             else _seal_result(g, next(answers))
             for g, problem in zip(groups, problems, strict=True)
         )
+        self._count(groups, results)
+        return results
+
+    def _count(self, groups: Sequence[t.Group], results: Sequence[t.SealResult]) -> None:
+        for group, result in zip(groups, results, strict=True):
+            self.seals.add(_WORDS[result.status])
+            if result.status is t.SealStatus.SEALED:
+                self.sealed_bytes.add(amount=len(group.payload))
 
 
 async def _problems(groups: Sequence[t.Group], size_bytes: int) -> list[str | None]:
@@ -242,6 +266,7 @@ def _seal_result(group: t.Group, answer: Sequence[object]) -> t.SealResult:
     )
 
 
+_WORDS = {status: status.name.lower() for status in t.SealStatus}
 _BY_STATUS = {
     t.SealStatus.DUPLICATE: "sealed before with this attempt and digest",
     t.SealStatus.CONFLICT: "this attempt was sealed before with another digest; forget the group",

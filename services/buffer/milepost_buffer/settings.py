@@ -16,6 +16,9 @@ class BufferSettings(ServiceSettings, table="buffer"):
     advertise: str = ""
     """Address under which others reach it. Empty: `listen`."""
 
+    metrics_listen: str = "127.0.0.1:9101"
+    """Where Prometheus finds `/metrics`, host:port; port 0 takes a free one. Empty: nowhere."""
+
     redis_url: str = ""
     """URL (redis://, rediss:// or unix://) of the Redis that holds the ledger. Empty: an embedded server in
     `data_dir`."""

@@ -45,7 +45,8 @@ class Steps:
             if reply[0] == 1:
                 return Answer(_leased(reply), True)
             next_ms = reply[7]
-            return Answer(_pending(reply), False, next_ms / 1000 if next_ms >= 0 else None)
+            next_s = next_ms / 1000 if next_ms >= 0 else None
+            return Answer(_pending(reply), False, next_s, waits=("trainer", "groups"))
 
         return await self._bell.wait_for(run_id, "s", ask, max_wait_s=max_wait_s)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,9 @@ from redis import exceptions as redis_errors
 
 from milepost import errors
 from milepost_buffer.connection import RedisLink
+from milepost_buffer.metrics import REDIS_ERRORS, REDIS_SECONDS
 from milepost_buffer.refusals import refusal
+from milepost_common.metrics import Counter, Histogram
 
 RUNS_KEY = "mp:runs"
 RETRY_AFTER_S = 1.0
@@ -31,11 +34,17 @@ class Store:
     Args:
       link: the Redis.
       clock: returns the time in ms, for tests. Unset, or answering None: Redis's own, one for all replicas.
+
+    Attributes:
+      seconds, failures: time of calls to Redis by command, and calls that failed.
+      asked_at: when somebody last asked about each run, other than for its counts.
     """
 
     def __init__(self, link: RedisLink, *, clock: Clock | None = None) -> None:
         self.link = link
         self._clock = clock
+        self.seconds, self.failures = Histogram(REDIS_SECONDS), Counter(REDIS_ERRORS)
+        self.asked_at: dict[str, float] = {}
         self._source = importlib.resources.files("milepost_buffer").joinpath("ledger.lua").read_bytes()
         self._sha = hashlib.sha1(self._source).hexdigest()
 
@@ -47,9 +56,13 @@ class Store:
         """
         injected = self._clock() if self._clock is not None else None
         now = "" if injected is None else str(injected)
+        started = time.perf_counter()
         reply = await self._eval(prefix_of(run_id) + "run", command, now, *args)
+        self.seconds.record(time.perf_counter() - started, command)
         if reply[0] == b"!":
             raise refusal(run_id, reply)
+        if command != "stats":
+            self.asked_at[run_id] = started
         return reply[1:]
 
     async def _eval(self, *args: Arg) -> list[Any]:
@@ -63,7 +76,12 @@ class Store:
             raise self.translate(error) from error
 
     def translate(self, error: Exception) -> errors.MilepostError:
-        """The error of our tree for what redis-py raised."""
+        """The error of our tree for what redis-py raised; it is counted."""
+        translated = self._translate(error)
+        self.failures.add(translated.reason)
+        return translated
+
+    def _translate(self, error: Exception) -> errors.MilepostError:
         if isinstance(error, redis_errors.OutOfMemoryError):
             return errors.ResourceExhausted(
                 f"redis {self.link.url} is full: {error}; raise its maxmemory, or lower max_payload_bytes",
@@ -87,7 +105,10 @@ class Store:
     async def command(self, *args: Arg) -> Any:
         """A plain Redis command, with our errors."""
         redis: Any = self.link.client
+        started = time.perf_counter()
         try:
-            return await redis.execute_command(*args)
+            reply = await redis.execute_command(*args)
+            self.seconds.record(time.perf_counter() - started, str(args[0]).lower())
+            return reply
         except (redis_errors.RedisError, OSError) as error:
             raise self.translate(error) from error

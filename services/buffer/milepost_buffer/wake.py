@@ -22,6 +22,8 @@ from typing import Any, Generic, TypeVar
 from redis.exceptions import RedisError
 
 from milepost_buffer.connection import RedisLink
+from milepost_buffer.metrics import WAITED
+from milepost_common.metrics import Counter
 
 FALLBACK_S = 5.0
 BLIND_FALLBACK_S = 0.5
@@ -35,11 +37,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What one attempt found: the value, whether waiting is over, and when time alone may change it."""
+    """What one attempt found.
+
+    Attributes:
+      value: what is answered if waiting ends here.
+      done: waiting is over.
+      next_change_s: when time alone may change the answer.
+      waits: who waits and for what, as it is counted; empty: not counted.
+    """
 
     value: T
     done: bool
     next_change_s: float | None = None
+    waits: tuple[str, ...] = ()
 
 
 class Bell:
@@ -47,6 +57,7 @@ class Bell:
 
     def __init__(self, link: RedisLink) -> None:
         self._link = link
+        self.waited = Counter(WAITED)
         self._listeners: dict[str, set[tuple[frozenset[str], asyncio.Event]]] = {}
         self._task: asyncio.Task[None] | None = None
         self._subscribed = False
@@ -81,8 +92,11 @@ class Bell:
                 pause = min(left, FALLBACK_S if self._subscribed else BLIND_FALLBACK_S)
                 if answer.next_change_s is not None:
                     pause = min(pause, answer.next_change_s + 0.001)
+                began = loop.time()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(rung.wait(), pause)
+                if answer.waits:
+                    self.waited.add(*answer.waits, amount=loop.time() - began)
 
     def is_listening(self, run_id: str) -> bool:
         """True while the subscription stands and a call of this process waits for a change of the run."""

@@ -54,6 +54,7 @@ class BufferProcess:
     async def launch(self) -> None:
         """Starts it without waiting."""
         env = {k: v for k, v in os.environ.items() if not k.startswith("MILEPOST_")}
+        env["MILEPOST_BUFFER__METRICS_LISTEN"] = ""
         self.process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "milepost_buffer", "serve"),
             *("--listen", self.address, "--data_dir", str(self.folder), *self.flags),

@@ -33,7 +33,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, start_http_server
 
-from milepost import errors
+from milepost import __version__, errors
 from milepost.channel import check_address
 from milepost_common.metrics.instruments import Buckets, Instrument, Kind, Labels, Reading, Spec
 from milepost_common.settings import TelemetrySettings
@@ -189,7 +189,6 @@ async def serving(
     *,
     listen: str,
     telemetry: TelemetrySettings,
-    version: str,
     refresh: Refresh | None = None,
 ) -> AsyncGenerator[str]:
     """Exports instruments until the block ends; yields the address of `/metrics`, empty where there is none.
@@ -199,7 +198,6 @@ async def serving(
       instruments: all of the process.
       listen: `host:port` of `/metrics`; port 0 takes a free one; empty: not served.
       telemetry: names the collector, if there is one.
-      version: of this build.
       refresh: fetches, on the event loop, what is not in this process; run at each reading.
 
     Raises:
@@ -214,7 +212,7 @@ async def serving(
     if not readers:
         yield ""
         return
-    provider = _provider(service, version, readers)
+    provider = _provider(service, readers)
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
     stop, address = (lambda: None), ""
@@ -238,12 +236,12 @@ def _pushed(bridge: Bridge, endpoint: str) -> sdk.MetricReader:
     return _Pushed(bridge, OTLPMetricExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S))
 
 
-def _provider(service: str, version: str, readers: Sequence[sdk.MetricReader]) -> MeterProvider:
-    resource = Resource.create({"service.name": f"milepost-{service}", "service.version": version})
+def _provider(service: str, readers: Sequence[sdk.MetricReader]) -> MeterProvider:
+    resource = Resource.create({"service.name": f"milepost-{service}", "service.version": __version__})
     provider = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
 
     def info(_: CallbackOptions) -> list[Observation]:
-        return [Observation(1, {"service": service, "version": version})]
+        return [Observation(1, {"service": service, "version": __version__})]
 
     meter = provider.get_meter("milepost")
     meter.create_observable_gauge(

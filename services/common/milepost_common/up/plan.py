@@ -68,6 +68,7 @@ class _Planner:
         self._up, self._config, self._environ = settings, config, environ
         self._run_id, self._run_dir = run_id, run_dir
         self._argv = ["--config", config] if config else []
+        self._metrics_listen: dict[str, str] = {}
 
     def specs(self) -> list[ChildSpec]:
         trainer = [self._trainer()] if self._up.trainer else []  # first: it names the model of the others
@@ -104,6 +105,7 @@ class _Planner:
                 at["router"]["grpc"],
                 "--port",
                 str(self._engine_port(name, base, index, at)),
+                *self._metrics("engine", at[name], index=index),
             ]
 
         return self._spec("engine", flags, needs=("router",), name=name)
@@ -172,7 +174,9 @@ class _Planner:
     def _service(self, service: str, *flags: str) -> _Service:
         kind = settings_class(service)
         given = given_keys(kind, self._argv, environ=self._environ)
-        return _Service(kind, load(kind, [*self._argv, *flags], environ=self._environ), given)
+        values = load(kind, [*self._argv, *flags], environ=self._environ)
+        self._metrics_listen[service] = str(getattr(values, "metrics_listen", ""))
+        return _Service(kind, values, given)
 
     def _value(self, service: str, key: str) -> str:
         """A setting of another service, if somebody set it."""
@@ -206,10 +210,18 @@ class _Planner:
         """Nothing with configured ports; else a free port at first and the same one ever after."""
         if self._up.ports == "configured":
             return []
-        flags = ["--listen", at[service].get("grpc", f"{LOCAL}:0")]
+        flags = ["--listen", at[service].get("grpc", f"{LOCAL}:0"), *self._metrics(service, at[service])]
         if service == "router":
             flags += ["--http_listen", at[service].get("http", f"{LOCAL}:0")]
         return flags
+
+    def _metrics(self, service: str, own: Mapping[str, str], *, index: int = 0) -> list[str]:
+        """Where a child serves metrics: a free port, or the configured one plus its number, or nowhere."""
+        listen = self._metrics_listen[service]
+        if listen and self._up.ports == "free":
+            return ["--metrics_listen", own.get("metrics", f"{LOCAL}:0")]
+        host, _, port = listen.rpartition(":")
+        return ["--metrics_listen", f"{host}:{int(port) + index}"] if index and port not in ("", "0") else []
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The line by which a service says that it serves, and the addresses in it.
 
 milepost buffer ready grpc=127.0.0.1:7101
-milepost router ready grpc=127.0.0.1:7102 http=127.0.0.1:7202
+milepost router ready grpc=127.0.0.1:7102 http=127.0.0.1:7202 metrics=127.0.0.1:9102
 engine ready http://127.0.0.1:30000 model=...
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 _LINE = re.compile(r"^(?:milepost )?(?P<name>[a-z][a-z0-9_-]*) ready(?P<rest>(?: .*)?)$")
 _PAIR = re.compile(r"(?P<key>[a-z_]+)=(?P<value>\S+)")
 _URL = re.compile(r"(?:^|\s)https?://(?P<value>[^\s/]+)")
-_ADDRESSES = ("grpc", "http")
+_ADDRESSES = ("grpc", "http", "metrics")
 
 
 def parse_readiness(line: str) -> Mapping[str, str] | None:
@@ -23,7 +23,7 @@ def parse_readiness(line: str) -> Mapping[str, str] | None:
       line: one line of a service's standard output.
 
     Returns:
-      Addresses as `host:port` by protocol (`grpc`, `http`), or None when it is another line.
+      Addresses as `host:port` by protocol (`grpc`, `http`, `metrics`), or None when it is another line.
     """
     match = _LINE.match(line.strip())
     if match is None:
