@@ -53,9 +53,7 @@ async def serving(settings: BufferSettings) -> AsyncGenerator[tuple[GrpcServer, 
         yield server, ledger
 
 
-def metered(
-    settings: BufferSettings, server: GrpcServer, ledger: Ledger
-) -> AbstractAsyncContextManager[str]:
+def metered(settings: BufferSettings, server: GrpcServer, ledger: Ledger) -> AbstractAsyncContextManager[str]:
     """Serves the buffer's metrics until the block ends, which gets their address."""
     return serving_metrics(
         "buffer",
@@ -101,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     settings = load_or_exit(BufferSettings, args[1:])
-    return run("buffer", lambda stop: serve(settings, stop))
+    return run("buffer", lambda stop: serve(settings, stop), telemetry=settings.telemetry)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ from milepost_buffer import checks
 from milepost_buffer.audit import audit
 from milepost_buffer.ledger import Ledger
 from milepost_buffer.prompts import StoredPrompt
+from milepost_buffer.spans import begin_put, end_put, leased, sealed
 from milepost_buffer.stamp import seconds, stamped, stamped_stream
+from milepost_common.telemetry import tracing
 
 CHUNK_BYTES = 1024 * 1024
 NAME = "milepost.v1.BufferService"
@@ -56,6 +59,7 @@ class BufferServicer:
 
     @stamped
     async def PutPrompts(self, request: pb.PutPromptsRequest) -> pb.PutPromptsResponse:
+        spans = begin_put(request.run_id, [item.prompt for item in request.items]) if tracing.on else ()
         result = await self.ledger.prompts.put(
             request.run_id,
             prompts=[store_prompt(item, f"items[{i}].prompt") for i, item in enumerate(request.items)],
@@ -63,6 +67,7 @@ class BufferServicer:
             expected_cursor=request.expected_cursor,
             max_wait_s=checks.check_wait(seconds(request, "max_wait")),
         )
+        end_put(spans, accepted=result.accepted)
         return to_proto(result)
 
     @stamped
@@ -95,6 +100,8 @@ class BufferServicer:
             )
             message.prompt.MergeFromString(lease.content)
             message.ttl.FromNanoseconds(round(found.ttl_s * 1e9))
+        if tracing.on:
+            leased(request.run_id, request.gateway_id, reply.leases)
         return reply
 
     @stamped
@@ -123,7 +130,10 @@ class BufferServicer:
             t.Group(header=read(t.GroupHeader, g.header, f"groups[{i}].header"), payload=g.payload)
             for i, g in enumerate(request.groups)
         ]
+        started_ns = time.time_ns()
         results = await self.ledger.prompts.seal(request.run_id, groups=groups)
+        if tracing.on:
+            sealed(request.run_id, groups, results, started_ns=started_ns)
         return pb.PutGroupsResponse(results=[to_proto(r) for r in results])
 
     # ------------------------------------------------------------------ learners

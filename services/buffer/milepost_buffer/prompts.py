@@ -1,7 +1,8 @@
 """Prompts on their way to a sealed group: sources, leases, seals. WAITING -> ROLLING -> READY, or DROPPED.
 
 Prompt contents and payloads are opaque bytes here. Facts about groups travel through the ledger as JSON
-`[num_tokens, rewards, num_loss_tokens]`, written at the seal and read by the consumer.
+`[num_tokens, rewards, num_loss_tokens, traceparent]`, written at the seal and read by the consumer; the last
+is left out where the group is not traced.
 """
 
 from __future__ import annotations
@@ -251,7 +252,10 @@ def _seal_args(group: t.Group) -> tuple[Arg, ...]:
         h.attempt,
         h.digest,
         group.payload,
-        json.dumps([h.num_tokens, h.rewards, h.num_loss_tokens], separators=(",", ":")),
+        json.dumps(
+            [h.num_tokens, h.rewards, h.num_loss_tokens, *([h.traceparent] if h.traceparent else [])],
+            separators=(",", ":"),
+        ),
         len(h.num_tokens),
         int(any(o.is_error for o in h.outcomes)),
         " ".join(map(str, h.weight_versions)),

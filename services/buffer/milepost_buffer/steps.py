@@ -173,7 +173,7 @@ def _leased(reply: Sequence[Any]) -> t.StepLease:
 
 def _group(position: int, raw: Sequence[Any]) -> t.StepGroup:
     prompt_id, attempt, facts, age, size = raw
-    num_tokens, rewards, num_loss_tokens = json.loads(facts) if facts else ((), (), 0)
+    num_tokens, rewards, num_loss_tokens, *traced = json.loads(facts) if facts else ((), (), 0)
     return t.StepGroup(
         prompt_id=prompt_id.decode(),
         position=position,
@@ -183,6 +183,7 @@ def _group(position: int, raw: Sequence[Any]) -> t.StepGroup:
         payload_bytes=size,
         rewards=tuple(rewards),
         num_loss_tokens=num_loss_tokens,
+        traceparent=traced[0] if traced else "",
     )
 
 

@@ -29,8 +29,7 @@ from milepost.channel import SERVER_OPTIONS, check_address
 from milepost.status import DETAILS_KEY, to_status_bytes
 from milepost_common.metrics.calls import OK, CallMeter
 from milepost_common.reflection import add_reflection
-from milepost_common.telemetry import tracing
-from milepost_common.telemetry.rpc import TraceInterceptor
+from milepost_common.telemetry.rpc import inner_interceptors, outer_interceptors
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +52,10 @@ class GrpcServer:
     def __init__(self, *, listen: str, advertise: str = "", grace_s: float = GRACE_S) -> None:
         self._listen, self._advertise, self._grace_s = listen, advertise, grace_s
         self.meter = CallMeter()
-        interceptors: list[aio.ServerInterceptor] = [ErrorInterceptor(self.meter)]
-        if tracing.on:
-            interceptors.append(TraceInterceptor())
-        self._server = aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+        self._server = aio.server(
+            interceptors=[*outer_interceptors(), ErrorInterceptor(self.meter), *inner_interceptors()],
+            options=SERVER_OPTIONS,
+        )
         self._health = HealthServicer()
         self._names: list[str] = []
         self.port = 0
