@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -187,6 +188,36 @@ async def test_calls_fail_unavailable_while_redis_is_away(driver, buffer_process
 async def _ask_for_ever(buffer: BufferClient) -> None:
     while True:
         await buffer.get_stats("run")
+
+
+async def test_a_suspended_redis_is_killed_and_started_again(make_process) -> None:
+    process = make_process("watched", "--redis_timeout_s", "0.5", "--redis_liveness_timeout_s", "1.5")
+    await process.start()
+    try:
+        async with BufferClient(process.address, retry=NO_RETRY) as impatient:
+            await impatient.create_run("run", config=t.RunConfig(groups_per_step=2, samples_per_prompt=2))
+            before, pid = impatient.redis_run_id, await process.redis_pid()
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(errors.Unavailable, match="redis"):
+                await impatient.get_run("run")
+            async with asyncio.timeout(SOON_S):
+                while impatient.redis_run_id == before:
+                    with contextlib.suppress(errors.Unavailable):
+                        await impatient.get_run("run")
+            assert not is_running(pid)
+    finally:
+        await process.stop()
+
+
+async def test_a_suspended_redis_whose_buffer_was_killed_makes_room(driver, buffer_process) -> None:
+    await driver.start()
+    pid = await buffer_process.redis_pid()
+    os.kill(pid, signal.SIGSTOP)
+    await buffer_process.kill()
+    assert is_running(pid)
+    await buffer_process.start()
+    assert not is_running(pid)
+    assert (await driver.buffer.get_stats("run"))[0].run_id == "run"
 
 
 async def test_replicas_share_one_redis(driver, buffer_process, make_process) -> None:
