@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from milepost_engine.engine import Waiter
+from milepost_engine.engine import Engine, Waiter
 from milepost_engine.errors import InvalidRequest
 from milepost_engine.generation import FinishReason, Generation, LogprobOptions, TopEntry, version_spans
 from milepost_engine.http_admin import engine_of
@@ -55,9 +55,28 @@ _MAX_TOP_LOGPROBS = 20
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
-    """The one model."""
+    """The one model, in a list."""
+    return JsonResponse({"object": "list", "data": [_card(engine_of(request))]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    """The one model by its name; another name is not found, in OpenAI's words."""
     engine = engine_of(request)
-    card = {
+    if name == engine.settings.name:
+        return JsonResponse(_card(engine))
+    message = f"The model '{name}' does not exist; this engine serves '{engine.settings.name}'"
+    detail = {
+        "message": message,
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
+    return JsonResponse({"error": detail}, status_code=404)
+
+
+def _card(engine: Engine) -> dict[str, Any]:
+    return {
         "id": engine.settings.name,
         "object": "model",
         "created": int(engine.started_s),
@@ -66,7 +85,6 @@ async def models(request: Request) -> Response:
         "parent": None,
         "max_model_len": engine.limits.context_length,
     }
-    return JsonResponse({"object": "list", "data": [card]})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
