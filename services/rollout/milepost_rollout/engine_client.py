@@ -23,6 +23,7 @@ from typing import Any, cast
 import aiohttp
 import orjson
 
+from milepost.tracing import TRACEPARENT, active
 from milepost.types import Int32Array
 from milepost_common.peers import open_socket
 from milepost_rollout.replies import Generation, RouterRecord, RubbishReply, parse_reply
@@ -150,6 +151,8 @@ def _headers(request: GenerateRequest, timeout_s: float) -> dict[str, str]:
     if request.session:
         name = hashlib.blake2b(request.session.encode(), digest_size=12)  # any prompt id fits a header so
         headers["x-milepost-session"] = name.hexdigest()
+    if traceparent := active():
+        headers[TRACEPARENT] = traceparent
     return headers
 
 

@@ -35,6 +35,7 @@ from typing import Protocol
 from milepost.convert import make_group
 from milepost.errors import DeadlineExceeded, InvalidArgument, MilepostError, NotFound, Unavailable
 from milepost.types import LeaseKey, PromptLease, PromptLeases, RenewedLeases, Run, RunConfig
+from milepost_common.telemetry import logs, tracing
 from milepost_rollout.backoff import Backoff, BackoffPolicy
 from milepost_rollout.roller import GroupRoller, RollRequest
 from milepost_rollout.sampler import EnginesUnavailable
@@ -269,17 +270,31 @@ class Gateway:
 
     async def _roll(self, lease: PromptLease) -> None:
         """Rolls a leased prompt out and hands the verdict to the settler."""
-        try:
-            item = await self._roll_to_item(lease)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # a defect must not leave a lease that is renewed for ever
-            log.exception("prompt %r: %s", lease.key.prompt_id, error)
-            release = Release(failed=True, detail=f"defect in the gateway: {type(error).__name__}: {error}")
-            item = Item(key=lease.key, release=release)
+        run_id, prompt_id = self._settings.run_id, lease.key.prompt_id
+        with (
+            logs.about(run=run_id, prompt=prompt_id, version=lease.min_version),
+            tracing.span(
+                "gateway.rollout",
+                parent=lease.prompt.traceparent,
+                run_id=run_id,
+                prompt_id=prompt_id,
+                attempt=lease.attempt,
+                min_version=lease.min_version,
+                label=lease.label,
+            ) as span,
+        ):
+            try:
+                item = await self._roll_to_item(lease, traceparent=span.traceparent)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:  # a defect must not leave a lease that is renewed for ever
+                log.exception("prompt %r: %s", prompt_id, error)
+                what = f"defect in the gateway: {type(error).__name__}: {error}"
+                item = Item(key=lease.key, release=Release(failed=True, detail=what))
+            span.set(outcome=item.release.word if item.release else "rolled")
         self._settler.submit(item)
 
-    async def _roll_to_item(self, lease: PromptLease) -> Item:
+    async def _roll_to_item(self, lease: PromptLease, *, traceparent: str) -> Item:
         config = self._config
         request = RollRequest(
             prompt=lease.prompt,
@@ -303,7 +318,9 @@ class Gateway:
             room.give_back_all()
         verdict = judge(samples, config)
         if isinstance(verdict, Seal):
-            group = make_group(lease.prompt, attempt=lease.attempt, samples=verdict.samples)
+            group = make_group(
+                lease.prompt, attempt=lease.attempt, samples=verdict.samples, traceparent=traceparent
+            )
             return Item(key=lease.key, group=group)
         if verdict.failed:
             log.warning("prompt %r attempt %d: %s", lease.key.prompt_id, lease.attempt, verdict.detail)

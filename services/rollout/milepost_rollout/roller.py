@@ -17,6 +17,7 @@ import numpy as np
 
 from milepost.errors import InvalidArgument
 from milepost.types import Int32Array, Outcome, Prompt, Sample, SamplingParams
+from milepost_common.telemetry import tracing
 from milepost_rollout.capacity import Priority
 from milepost_rollout.draft import Draft
 from milepost_rollout.episode import EpisodeRunner
@@ -150,6 +151,22 @@ class GroupRoller:
         return sorted(done, key=lambda s: s.index)
 
     async def _sample(self, request: RollRequest, ids: Int32Array, index: int) -> Sample:
+        prompt_id = request.prompt.prompt_id
+        with tracing.span(
+            "gateway.generate", run_id=request.run_id, prompt_id=prompt_id, sample=index
+        ) as span:
+            sample = await self._generate(request, ids, index)
+            if not span:
+                return sample
+            span.set(
+                outcome=sample.outcome.name.lower(),
+                engine_id=sample.engine_id,
+                version=sample.version_spans[-1].weight_version if sample.version_spans else None,
+                num_tokens=len(sample.tokens),
+            )
+            return replace(sample, traceparent=span.traceparent)
+
+    async def _generate(self, request: RollRequest, ids: Int32Array, index: int) -> Sample:
         job = SampleJob(
             prompt_id=request.prompt.prompt_id,
             index=index,
@@ -181,9 +198,14 @@ class GroupRoller:
         scored = [s for s in samples if not s.outcome.is_error]
         if not name:
             return list(samples)
-        scores = await self._scorer.score(
-            name, prompt, prompt_text=lambda: self._prompt_text(prompt, samples), samples=scored
-        )
+        with tracing.span(
+            "gateway.reward", run_id=request.run_id, prompt_id=prompt.prompt_id, reward=name
+        ) as span:
+            scores = await self._scorer.score(
+                name, prompt, prompt_text=lambda: self._prompt_text(prompt, samples), samples=scored
+            )
+            if failed := [score.error for score in scores if score.error]:
+                span.fail(failed[0])
         by_index = {s.index: apply_score(s, score) for s, score in zip(scored, scores, strict=True)}
         return [by_index.get(s.index, s) for s in samples]
 

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator
 
 from milepost.errors import InvalidArgument
 from milepost.types import Prompt, RolloutOptions, Trajectories
+from milepost_common.telemetry import logs, tracing
 from milepost_rollout.roller import GroupRoller, RollRequest
 from milepost_rollout.sampler import EnginesUnavailable
 
@@ -83,16 +84,29 @@ class RolloutStream:
             version=options.weight_version,
             session=f"{self._name}/{prompt.prompt_id}",
         )
+        with (
+            logs.about(run=options.run_id, prompt=prompt.prompt_id),
+            tracing.span(
+                "gateway.rollout",
+                parent=prompt.traceparent,
+                begins=True,
+                run_id=options.run_id,
+                prompt_id=prompt.prompt_id,
+                version=options.weight_version or None,
+            ),
+        ):
+            self._finished.put_nowait(await self._trajectories(request))
+
+    async def _trajectories(self, request: RollRequest) -> Trajectories:
+        prompt = request.prompt
         try:
             _check_id(prompt.prompt_id)
             samples = await self._roller.roll(request)
         except InvalidArgument as error:
-            done = Trajectories(prompt_id=prompt.prompt_id, error=str(error))
+            return Trajectories(prompt_id=prompt.prompt_id, error=str(error))
         except EnginesUnavailable as error:
-            done = Trajectories(prompt_id=prompt.prompt_id, error=f"engines: {error}; start an engine")
-        else:
-            done = Trajectories(prompt_id=prompt.prompt_id, samples=samples)
-        self._finished.put_nowait(done)
+            return Trajectories(prompt_id=prompt.prompt_id, error=f"engines: {error}; start an engine")
+        return Trajectories(prompt_id=prompt.prompt_id, samples=samples)
 
 
 def _check_id(prompt_id: str) -> None:
