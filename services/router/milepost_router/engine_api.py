@@ -35,7 +35,11 @@ class EngineRefused(EngineFault):
 
 
 class EngineBroken(EngineFault):
-    """It did not answer, or not sensibly; `gone`: its process is not there any more."""
+    """It did not answer, or not sensibly.
+
+    Attributes:
+      gone: its process is not there any more, or is silent: it let an admin call's deadline pass.
+    """
 
     def __init__(self, message: str, *, gone: bool = False) -> None:
         super().__init__(message)
@@ -190,7 +194,8 @@ class EngineApi:
             async with asyncio.timeout(deadline_s):
                 status, raw = await self._exchange(method, path, body)
         except TimeoutError:
-            raise EngineBroken(f"{where}: no answer within {deadline_s:g} s") from None
+            # A call with a deadline of its own moves weights, and may be late because another party is.
+            raise EngineBroken(f"{where}: no answer within {deadline_s:g} s", gone=not timeout_s) from None
         except UpstreamError as error:
             raise EngineBroken(f"{where}: {error}", gone=isinstance(error, Refused | Died)) from error
         return _judge(where, status, raw, json_reply=json_reply)

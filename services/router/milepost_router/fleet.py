@@ -128,6 +128,8 @@ class Fleet:
         """It may become a member of a weight transaction."""
         if record.state not in _ALIVE or record.transaction or record.suspect or record.leaving:
             return False
+        if record.cleaning:
+            return False
         return record.state is not S.QUARANTINED or (record.healed and now >= record.eligible_at)
 
     def subscribe(self, listener: Callable[[Transition | None], None]) -> None:
@@ -382,6 +384,11 @@ class Fleet:
         self._forget_weights(record)
         record.version_string = text
         self._settle(record, S.QUARANTINED, why)
+
+    def clean(self, record: EngineRecord, *, by: int) -> None:
+        """A transaction begins (1) or ends (-1) to tell it that it is over."""
+        record.cleaning += by
+        self._changed(None)
 
     def outdate(self, run_id: str, version: int) -> None:
         """A newer version was committed: engines of the run that serve another one become STALE."""

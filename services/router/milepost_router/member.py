@@ -244,10 +244,19 @@ class Member:
             self._fleet.release(self.record)
 
     async def clean_up(self) -> None:
-        """After a failure: frees whoever still waits on it, as far as it answers."""
-        for call in (self._leave_group, self._leave_session, self._api.abort_all, self._api.resume):
-            with contextlib.suppress(EngineFault):
-                await call()
+        """After a failure: frees whoever still waits on it, as far as it answers.
+
+        No transaction has it meanwhile: a `resume` of ours must not end the pause of the next one.
+        """
+        self._fleet.clean(self.record, by=1)
+        try:
+            for call in (self._leave_group, self._leave_session, self._api.abort_all, self._api.resume):
+                with contextlib.suppress(EngineRefused):
+                    await call()
+        except EngineFault as fault:  # nobody is there, or it is silent: it is given weights before it serves
+            log.info("%s: not told that its transaction is over: %s", self.engine_id, fault)
+        finally:
+            self._fleet.clean(self.record, by=-1)
 
     async def leave_group(self) -> None:
         """After a commit: the group is over."""

@@ -28,6 +28,7 @@ class EngineRecord:
       healed: it answered a probe since it was quarantined.
       eligible_at: not a member of a transaction before this time.
       strikes: failures in a row that quarantined it.
+      cleaning: transactions that still tell it that they are over: it is nobody's member meanwhile.
       paused_since: when we paused it; None: it runs.
       paused_total: seconds of ended pauses.
     """
@@ -51,6 +52,7 @@ class EngineRecord:
     healed: bool = False
     eligible_at: float = 0.0
     strikes: int = 0
+    cleaning: int = 0
     probe_failures: int = 0
     request_failures: int = 0
     in_flight: int = 0

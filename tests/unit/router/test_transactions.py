@@ -463,6 +463,56 @@ async def test_a_collective_that_breaks_in_mid_transfer_is_over_for_all(bench, t
     assert (await tools.commit(bench, again)).serving == ("a", "b")
 
 
+async def test_an_engine_that_breaks_every_group_does_not_keep_the_others_from_their_weights(bench, tools):
+    await serve_first_version(bench, tools)
+    for (
+        fake
+    ) in bench.engines.values():  # b's join fails because a never comes: nobody can say whose fault it is
+        fake.refuse("init_weights_update_group")
+
+    async def attempt(number: int) -> tuple[list[str], bool]:
+        prepared = await bench.transactions.prepare(gloo(tools, label=1, attempt=number))
+        ack = await take_part(bench, prepared).take(tools.bucket(prepared, 0, transport=Transport.GLOO))
+        return [m.engine_id for m in prepared.members], ack.group_broken
+
+    assert await attempt(1) == (["a", "b"], True)
+    assert await attempt(2) == (["a"], True)
+    assert bench.states() == {"a": "SERVING", "b": "SERVING"}, "they keep what they have"
+    bench.engines["b"].reactions.clear()
+    prepared = await bench.transactions.prepare(gloo(tools, label=1, attempt=3))
+    await tools.transfer(bench, prepared, transport=Transport.GLOO)
+    assert (await tools.commit(bench, prepared)).serving == ("b",)
+    assert bench.states() == {"a": "STALE", "b": "SERVING"}
+
+
+async def test_an_engine_that_is_silent_costs_one_deadline_and_joins_nothing_while_it_is_told(
+    tools, fake_engine
+):
+    bench = tools.bench(engine_call_timeout_s=0.3)
+    for name in "ab":
+        bench.join(await fake_engine(name))
+    silent, record = bench.engines["a"], bench.record("a")
+    silent.hang("pause_generation")
+    silent.hang("destroy_weights_update_group")
+    prepared = await bench.transactions.prepare(gloo(tools))
+    ack = await take_part(bench, prepared).take(tools.bucket(prepared, 0, transport=Transport.GLOO))
+    assert ack.group_broken
+    assert bench.states() == {"a": "QUARANTINED", "b": "STALE"}
+    assert not bench.engines["b"].paused
+    assert silent.calls.count("pause_generation") == 1
+    await silent.called("destroy_weights_update_group")
+    bench.fleet.probe_ok(record, "updating/x", generation=record.generation, now=0.0)
+    assert record.cleaning == 1
+    assert not bench.fleet.eligible(record, record.eligible_at)
+    await tools.until(lambda: not record.cleaning)
+    assert bench.fleet.eligible(record, record.eligible_at)
+    assert "continue_generation" not in silent.calls  # one silence is enough
+    silent.reactions.clear()
+    again = await bench.transactions.prepare(gloo(tools, attempt=2))
+    await tools.transfer(bench, again, transport=Transport.GLOO)
+    assert (await tools.commit(bench, again)).serving == ("a", "b")
+
+
 # ---- who may open one --------------------------------------------------------------------------------------
 
 
