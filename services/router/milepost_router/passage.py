@@ -16,6 +16,7 @@ from typing import Any
 
 from milepost.errors import Cancelled, MilepostError
 from milepost_router.headers import Request
+from milepost_router.metrics import OK
 from milepost_router.proxy_errors import deadline_passed
 from milepost_router.record import EngineRecord
 from milepost_router.signals import Waiter, wake
@@ -36,6 +37,8 @@ class Passage:
       pin_lost: the engine of a request for exactly one version was given other weights.
       head_sent: the client has the head of a reply: no other engine can answer any more.
       streams_events: what it gets is an event stream.
+      outcome: how it ended, as it is counted.
+      age_s: seconds since it came.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Passage:
         self.head_sent = False
         self.streams_events = False
         self.version_start = 0
+        self.outcome = OK
         self.waiting: Waiter | None = None
         self._closed = False
         self._connection: Connection | None = None
@@ -85,6 +89,11 @@ class Passage:
         if self.record is not None:
             paused_s += self.record.paused_s(now) - self._paused_at_start
         return self._deadline_s - (now - self._started) + paused_s
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it came."""
+        return self._loop.time() - self._started
 
     def client_spoke(self, heard: asyncio.Future[MutableMapping[str, Any]]) -> None:
         """The client did something after its request: it closed its connection."""

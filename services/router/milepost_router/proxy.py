@@ -28,6 +28,7 @@ from milepost.errors import Cancelled, InvalidArgument, MilepostError
 from milepost.types import EngineState
 from milepost_router import headers, proxy_errors, routing
 from milepost_router.fleet import Fleet, Transition
+from milepost_router.metrics import CLIENT_LEFT, ENGINE_ERROR, REFUSED, ProxyMeter
 from milepost_router.passage import Passage
 from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
@@ -78,6 +79,9 @@ class Proxy:
       settings: the router's.
       control: app for every route that is not passed through.
       look_at: asks for a probe of an engine that a connection broke to.
+
+    Attributes:
+      meter: what is counted of requests.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Proxy:
         self._settings, self._control, self._look_at = settings, control, look_at
         self._passages: dict[EngineRecord, set[Passage]] = {}
         self._hosts: dict[str, str] = {}
+        self.meter = ProxyMeter()
         fleet.subscribe(self._on_transition)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,6 +110,7 @@ class Proxy:
             request = headers.read(scope["headers"])
             body = await _read_body(receive, self._settings.max_body_bytes)
         except InvalidArgument as error:
+            self.meter.refused(error)
             await _answer(send, error)
             return
         if body is None:
@@ -112,11 +118,13 @@ class Proxy:
         target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
         deadline_s = request.deadline_s or self._settings.request_timeout_s
         passage = Passage(request, scope["method"], target, body, deadline_s=deadline_s)
+        self.meter.in_flight += 1
         watcher: asyncio.Future[MutableMapping[str, Any]] = asyncio.ensure_future(receive())
         watcher.add_done_callback(passage.client_spoke)
         try:
             await self._serve(passage, send)
         finally:
+            self.meter.ended(passage.outcome, passage.age_s)
             passage.close()  # the watcher ends by itself: a request that is answered has no client any more
 
     # ------------------------------------------------------------------------------------ one request
@@ -126,8 +134,10 @@ class Proxy:
         try:
             await self._try_engines(passage, send)
         except Cancelled:
+            passage.outcome = CLIENT_LEFT
             log.debug("%s: the client left", passage.request.ask.describe())
         except MilepostError as error:
+            passage.outcome = error.reason.lower()
             if not passage.head_sent:
                 await _answer(send, error)
             elif passage.streams_events:
@@ -152,15 +162,19 @@ class Proxy:
                     raise proxy_errors.stream_broke(f"{record.engine_id}: {error}") from error
                 tried.append(record)
                 failures.append(error)
+                self.meter.retried(error)
                 log.info("%s: attempt %d failed: %s", record.engine_id, len(tried), error)
-        await self._give_up(tried, failures, send)
+        await self._give_up(passage, tried, failures, send)
 
-    async def _give_up(self, tried: list[EngineRecord], failures: list[UpstreamError], send: Send) -> None:
+    async def _give_up(
+        self, passage: Passage, tried: list[EngineRecord], failures: list[UpstreamError], send: Send
+    ) -> None:
         """Passes on what the last engine said, or says what went wrong."""
         last = failures[-1]
         if not isinstance(last, ServerError):
             told = [f"{record.engine_id}: {why}" for record, why in zip(tried, failures, strict=True)]
             raise proxy_errors.engines_failed(told) from last
+        passage.outcome = ENGINE_ERROR
         await send(_start(last.reply.status, headers.with_length(_kept(last.reply.headers), len(last.body))))
         await send({"type": "http.response.body", "body": last.body})
 
@@ -181,9 +195,19 @@ class Proxy:
                 if tried:
                     return None
                 raise proxy_errors.no_engine_fits(ask.describe(), routing.describe_fleet(self._fleet, ask))
-            passage.waiting = self._changed.waiter()
+            await self._wait_for_fleet(passage, left_s)
+
+    async def _wait_for_fleet(self, passage: Passage, left_s: float) -> None:
+        """Waits until the fleet changes, or something ends the request."""
+        passage.waiting = self._changed.waiter()
+        began_s = passage.age_s
+        self.meter.queued += 1
+        try:
             await wait_for(passage.waiting, left_s)
-            passage.waiting = None
+        finally:
+            self.meter.queued -= 1
+            self.meter.waited(passage.age_s - began_s)
+        passage.waiting = None
 
     async def _with_engine(self, passage: Passage, record: EngineRecord, send: Send) -> None:
         """One attempt: the request travels to an engine and its reply to the client."""
@@ -235,6 +259,8 @@ class Proxy:
         body, whole = await connection.body(WHOLE_REPLY_BYTES)
         if reply.status >= 500:
             raise ServerError(reply, body)
+        if reply.status >= 400:
+            passage.outcome = REFUSED
         if not whole:
             await self._pass_stream(passage, record, connection, reply, send, first=body)
             return

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from milepost import types as t
 from milepost.v1 import router_pb2_grpc
+from milepost_common.metrics import Instrument
+from milepost_common.metrics.export import serving
 from milepost_common.process import announce
 from milepost_common.server import GrpcServer
 from milepost_router.control_app import create_control_app
@@ -26,6 +28,7 @@ from milepost_router.engine_api import EngineApi
 from milepost_router.fleet import Fleet, Transition
 from milepost_router.http_server import HttpServer
 from milepost_router.ledger import Ledger
+from milepost_router.metrics import FleetView
 from milepost_router.probe import Prober
 from milepost_router.proxy import Proxy
 from milepost_router.record import EngineRecord
@@ -45,11 +48,13 @@ class Router:
     Attributes:
       fleet: its engines.
       grpc_address, http_address: where it is reached.
+      instruments: what it counts.
     """
 
     fleet: Fleet
     grpc_address: str
     http_address: str
+    instruments: Sequence[Instrument]
 
 
 @asynccontextmanager
@@ -99,7 +104,17 @@ async def running(settings: RouterSettings) -> AsyncGenerator[Router]:
             )
             await server.start()
             try:
-                yield Router(fleet=fleet, grpc_address=server.address, http_address=http.address)
+                yield Router(
+                    fleet=fleet,
+                    grpc_address=server.address,
+                    http_address=http.address,
+                    instruments=[
+                        *server.meter.instruments,
+                        *FleetView(fleet, clock=loop.time).instruments,
+                        *proxy.meter.instruments,
+                        *transactions.meter.instruments,
+                    ],
+                )
             finally:
                 servicer.stop()
                 await transactions.close()
@@ -112,8 +127,13 @@ async def running(settings: RouterSettings) -> AsyncGenerator[Router]:
 
 async def serve(settings: RouterSettings, stop: asyncio.Event) -> int:
     """Runs the router until `stop` is set; returns the exit status."""
-    async with running(settings) as router:
-        announce("router", grpc=router.grpc_address, http=router.http_address)
+    async with (
+        running(settings) as router,
+        serving(
+            "router", router.instruments, listen=settings.metrics_listen, telemetry=settings.telemetry
+        ) as metrics,
+    ):
+        announce("router", grpc=router.grpc_address, http=router.http_address, metrics=metrics)
         await stop.wait()
     return 0
 

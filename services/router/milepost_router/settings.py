@@ -34,6 +34,8 @@ class RouterSettings(ServiceSettings, table="router"):
     """Address of the gRPC service as others reach it. Unset: `listen`."""
     http_advertise: str = ""
     """Address of the HTTP side as others reach it. Unset: `http_listen`."""
+    metrics_listen: str = "127.0.0.1:9102"
+    """Where Prometheus finds `/metrics`, host:port; port 0 takes a free one. Empty: nowhere."""
     buffer: str = "127.0.0.1:7101"
     """Address of the buffer, which keeps the weight versions. Empty: engines serve unversioned weights."""
     engines: Annotated[tuple[EngineSettings | str, ...], NoDecode] = ()

@@ -35,6 +35,7 @@ from milepost.errors import DataLoss, FailedPrecondition, InvalidArgument, Milep
 from milepost.types import Transport
 from milepost_router.engine_api import EngineBroken, EngineFault, EngineRefused
 from milepost_router.member import Member, handles_of
+from milepost_router.metrics import TransactionClock
 from milepost_router.version_string import LoadedVersion
 
 log = logging.getLogger(__name__)
@@ -100,17 +101,24 @@ class Transaction:
       members: who takes part.
       publish: publishes the version in the ledger; False: the ledger is away.
       committed: called once at the commit.
+      clock: told of its phases.
     """
 
     def __init__(
-        self, plan: Plan, members: Sequence[Member], *, publish: Publish, committed: Callable[[Plan], None]
+        self,
+        plan: Plan,
+        members: Sequence[Member],
+        *,
+        publish: Publish,
+        committed: Callable[[Plan], None],
+        clock: TransactionClock,
     ) -> None:
         self.plan, self.members = plan, tuple(members)
         self.phase = Phase.PREPARED
         self.ended = asyncio.Event()
         self.num_buckets = 0
         self.why_aborted = ""
-        self._publish, self._on_committed = publish, committed
+        self._publish, self._on_committed, self._clock = publish, committed, clock
         self._sent: set[str] = set()
         self._lock = asyncio.Lock()
         self._work: asyncio.Task[Any] | None = None
@@ -196,6 +204,7 @@ class Transaction:
             broken = work.result()
             self.num_buckets += 1
             self._sent.update(spec.name for spec in header.tensors)
+            self._clock.took(header.size_bytes)
             ack = self._acknowledge(header.bucket_index, broken)
             if broken:
                 await self._put_back_all("its process group broke: " + "; ".join(broken))
@@ -226,6 +235,7 @@ class Transaction:
         if broken:
             return broken
         self.phase = Phase.TRANSFERRING
+        self._clock.enter("transfer")
         mode = self.plan.request.pause_mode
         faults = await self._each(self._live, lambda m: m.open(mode))
         return await self._judge(faults, first=False)
@@ -312,7 +322,9 @@ class Transaction:
                 raise
 
     async def _commit(self) -> t.Committed:
+        self._clock.enter("verify")
         sums = await self._verify()
+        self._clock.enter("commit")
         await self._step(lambda m: m.name(self.plan.loaded))
         self._require_members()
         try:
@@ -322,6 +334,7 @@ class Transaction:
             raise
         await self._step(lambda m: m.finish())
         self.phase = Phase.COMMITTED
+        self._clock.end("committed")
         self._on_committed(self.plan)
         self._outcome = t.Committed(
             version=self.plan.version,
@@ -409,6 +422,7 @@ class Transaction:
         stale = [m.engine_id for m in staying if m.touched and m.record.state is t.EngineState.STALE]
         self._stale = tuple(stale)
         self.phase = Phase.ABORTED
+        self._clock.end("aborted")
         self.ended.set()
 
     # ------------------------------------------------------------------------------------ within

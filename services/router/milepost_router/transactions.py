@@ -36,6 +36,7 @@ from milepost.types import EngineState, Transport
 from milepost_router.fleet import Fleet
 from milepost_router.ledger import LEASE_TTL_S, Ledger, Publication, RouterHeld
 from milepost_router.member import Member
+from milepost_router.metrics import TransactionMeter
 from milepost_router.probe import ApiOf
 from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
@@ -58,10 +59,14 @@ class Transactions:
       api: makes the client of an engine.
       ledger: numbers and labels; None: there is none, and no weights can be given.
       settings: the router's.
+
+    Attributes:
+      meter: what is counted of them.
     """
 
     def __init__(self, fleet: Fleet, api: ApiOf, *, ledger: Ledger | None, settings: RouterSettings) -> None:
         self._fleet, self._api, self._ledger, self._settings = fleet, api, ledger, settings
+        self.meter = TransactionMeter()
         self._terms: dict[str, int] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._open: dict[str, Transaction] = {}
@@ -225,7 +230,9 @@ class Transactions:
             )
             members.append(member)
             rank += member.ranks
-        return Transaction(plan, members, publish=self._publish, committed=self._committed)
+        return Transaction(
+            plan, members, publish=self._publish, committed=self._committed, clock=self.meter.begin()
+        )
 
     # ------------------------------------------------------------------------------------ buckets and the end
 
