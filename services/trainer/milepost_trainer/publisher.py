@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 
 Gather = Callable[[Bucket], Awaitable[torch.Tensor]]
 _PAUSE = {"retract": t.PauseMode.RETRACT, "in_place": t.PauseMode.IN_PLACE, "abort": t.PauseMode.ABORT}
-_MAX_DELAY_S = 30.0
+_LOOK_AGAIN_S = 30.0
+_ABORT_S = 10.0
+"""A router that does not hear of the end in time finds out: by the stream, the deadline, the next prepare."""
 _WATCH_AGAIN_S = 1.0
 
 
@@ -127,7 +129,7 @@ class Publisher:
     @property
     def retry_in_s(self) -> float:
         """Seconds until a failed publication may be tried again."""
-        return max(0.0, self._not_before - time.monotonic()) if self.lacking else _MAX_DELAY_S
+        return max(0.0, self._not_before - time.monotonic()) if self.lacking else _LOOK_AGAIN_S
 
     @property
     def _is_due(self) -> bool:
@@ -214,7 +216,8 @@ class Publisher:
 
     def _back_off(self, why: str) -> None:
         self._failures += 1
-        delay = min(_MAX_DELAY_S, self._settings.retry_delay_s * 2 ** (self._failures - 1))
+        delay = self._settings.retry_delay_s * 2.0 ** min(self._failures - 1, 32)
+        delay = min(delay, max(self._settings.max_retry_delay_s, self._settings.retry_delay_s))
         self._not_before = time.monotonic() + delay
         log.warning("weights of step %d not published, again in %.1f s: %s", self.label, delay, why)
 
@@ -256,7 +259,7 @@ class Publisher:
         await self._transport.close(broken=not done)
         if not done:
             try:
-                async with asyncio.timeout(_MAX_DELAY_S):
+                async with asyncio.timeout(_ABORT_S):
                     await self._router.abort_weights(
                         prepared.transaction_id, term=self.term, reason="the trainer gave up"
                     )

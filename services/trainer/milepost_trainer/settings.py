@@ -117,7 +117,9 @@ class PublishSettings(Table):
     timeout_s: float = Field(default=120.0, gt=0, le=3600)
     """Deadline of one transaction over the fleet."""
     retry_delay_s: float = Field(default=1.0, gt=0)
-    """Wait before a failed publication is tried again; doubles with each failure, up to 30 s."""
+    """Wait before a failed publication is tried again; doubles with each failure."""
+    max_retry_delay_s: float = Field(default=10.0, gt=0)
+    """Where that doubling ends."""
     master_address: str = "127.0.0.1"
     """Address under which engines reach rank 0 (gloo); its port is chosen by the system."""
     disk_dir: str = "weights"

@@ -137,14 +137,14 @@ class FakeTransport(WeightTransport):
 class Bench:
     """A publisher between a fake fleet and a fake transport."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: PublishSettings | None = None) -> None:
         self.router, self.transport = FakeRouter(), FakeTransport()
         self.publisher = Publisher(
             self.router,  # type: ignore[arg-type]
             transport=self.transport,
             buckets=BUCKETS,
             gather=self.gather,
-            settings=PublishSettings(timeout_s=5, retry_delay_s=60),
+            settings=settings or PublishSettings(timeout_s=5, retry_delay_s=60),
             run_id="run",
         )
 
@@ -258,6 +258,22 @@ async def test_a_failure_is_aborted_and_tried_again_later(bench: Bench, place: s
     bench.publisher.moved_to(1, due=True)  # new weights do not wait for the old delay
     assert await bench.publisher.catch_up()
     assert bench.publisher.published.label == 1
+
+
+async def test_the_delay_between_failures_has_an_end() -> None:
+    bench = Bench(PublishSettings(timeout_s=5, retry_delay_s=0.001, max_retry_delay_s=0.004))
+    bench.publisher.start(term=9, label=0, published=Published())
+    watching = asyncio.create_task(bench.publisher.watch())
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    bench.router.fail_at = "prepare"
+    for _ in range(12):  # doubled twelve times it would be four seconds
+        await asyncio.sleep(bench.publisher.retry_in_s)
+        assert not await bench.publisher.catch_up()
+        assert bench.publisher.retry_in_s <= 0.004
+    assert len(bench.router.requests) == 12
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
 
 
 async def test_a_change_of_the_fleet_ends_the_delay(bench: Bench) -> None:
