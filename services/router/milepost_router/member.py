@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -90,6 +91,11 @@ class Member:
     def _ours(self) -> bool:
         """It is the CPU engine, which checks more than SGLang does."""
         return self.record.capabilities.engine.startswith("milepost")
+
+    @property
+    def layout(self) -> str:
+        """Engines of one layout hash their weights alike."""
+        return f"{self.record.capabilities.engine} tp={self.ranks}"
 
     @property
     def present(self) -> bool:
@@ -308,6 +314,19 @@ def checksum_of(answer: dict[str, Any]) -> str:
     telling = {key: value for key, value in answer.items() if key not in ("success", "message")}
     raw = orjson.dumps(telling, option=orjson.OPT_SORT_KEYS)
     return hashlib.sha256(raw).hexdigest() if telling else ""
+
+
+def odd_ones(sums: dict[Member, tuple[str, str]]) -> dict[Member, str]:
+    """Members whose checksum differs from most of their layout's; without a majority, all of them."""
+    odd: dict[Member, str] = {}
+    for layout in {layout for layout, _ in sums.values()}:
+        of_layout = {m: s for m, (its, s) in sums.items() if its == layout}
+        common, count = Counter(of_layout.values()).most_common(1)[0]
+        majority = 2 * count > len(of_layout)
+        for member, checksum in of_layout.items():
+            if len(set(of_layout.values())) > 1 and not (majority and checksum == common):
+                odd[member] = f"{member.engine_id}: checksum {checksum[:16]} differs from others of {layout}"
+    return odd
 
 
 def _now() -> float:

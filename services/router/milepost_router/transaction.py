@@ -11,7 +11,7 @@ router's stop. All of them call `abort`, which interrupts a bucket under way and
 
 A member that fails is QUARANTINED alone and the others go on, where each has its own bytes (shm, disk).
 Where a collective carries them (gloo), one failure breaks the group for all: members whose process is gone
-are QUARANTINED, the others leave it, and the trainer starts again with the next attempt.
+are QUARANTINED, the others leave it, and the trainer begins the next attempt (see `grouping`).
 
 Order at the commit: sessions closed, weights read back (a synchronising call), checksums equal between
 engines of one layout, version strings set, version published in the ledger, engines resumed, fleet told.
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -34,7 +33,7 @@ from milepost import types as t
 from milepost.errors import DataLoss, FailedPrecondition, InvalidArgument, MilepostError, StaleEpoch
 from milepost.types import Transport
 from milepost_router.engine_api import EngineBroken, EngineFault, EngineRefused
-from milepost_router.member import Member, handles_of
+from milepost_router.member import Member, handles_of, odd_ones
 from milepost_router.metrics import TransactionClock
 from milepost_router.version_string import LoadedVersion
 
@@ -42,6 +41,7 @@ log = logging.getLogger(__name__)
 
 Publish = Callable[["Transaction", tuple[str, ...]], Awaitable[bool]]
 
+COLLECTIVE = (Transport.GLOO, Transport.NCCL)
 BROKEN_GROUP_GRACE_S = 2.0
 """How long members of a collective may take to notice that another one failed."""
 
@@ -68,7 +68,7 @@ class Plan:
       fleet_epoch: of the fleet when its members were fixed.
       group_name: process group (gloo); empty: none.
       expires_at: end of its time on the loop's clock.
-      bucket_timeout_s: deadline of one bucket.
+      join_timeout_s, bucket_timeout_s: deadlines of joining the process group, and of one bucket.
       verify_checksum: compare checksums before the commit.
     """
 
@@ -78,6 +78,7 @@ class Plan:
     fleet_epoch: int
     group_name: str
     expires_at: float
+    join_timeout_s: float
     bucket_timeout_s: float
     verify_checksum: bool
     manifest: dict[str, t.TensorSpec] = field(default_factory=dict[str, t.TensorSpec])
@@ -90,7 +91,7 @@ class Plan:
     @property
     def collective(self) -> bool:
         """One member's failure is everybody's."""
-        return self.request.transport in (Transport.GLOO, Transport.NCCL)
+        return self.request.transport in COLLECTIVE
 
 
 class Transaction:
@@ -101,6 +102,7 @@ class Transaction:
       members: who takes part.
       publish: publishes the version in the ledger; False: the ledger is away.
       committed: called once at the commit.
+      broken: called when the process group broke, after its members were put back.
       clock: told of its phases.
     """
 
@@ -110,7 +112,8 @@ class Transaction:
         members: Sequence[Member],
         *,
         publish: Publish,
-        committed: Callable[[Plan], None],
+        committed: Callable[[Transaction], None],
+        broken: Callable[[Transaction], None],
         clock: TransactionClock,
     ) -> None:
         self.plan, self.members = plan, tuple(members)
@@ -118,7 +121,7 @@ class Transaction:
         self.ended = asyncio.Event()
         self.num_buckets = 0
         self.why_aborted = ""
-        self._publish, self._on_committed, self._clock = publish, committed, clock
+        self._publish, self._on_committed, self._on_broken, self._clock = publish, committed, broken, clock
         self._sent: set[str] = set()
         self._lock = asyncio.Lock()
         self._work: asyncio.Task[Any] | None = None
@@ -174,7 +177,7 @@ class Transaction:
             "group_name": self.plan.group_name,
             "backend": "gloo" if request.transport is Transport.GLOO else "nccl",
         }
-        timeout_s = min(self.plan.bucket_timeout_s, self._remaining_s())
+        timeout_s = min(self.plan.join_timeout_s, self._remaining_s())
         faults = await self._each(self._live, lambda m: m.join_group(group, timeout_s=timeout_s))
         for member, fault in faults.items():
             member.failed = str(fault)
@@ -208,6 +211,7 @@ class Transaction:
             ack = self._acknowledge(header.bucket_index, broken)
             if broken:
                 await self._put_back_all("its process group broke: " + "; ".join(broken))
+                self._on_broken(self)
             elif not self._live:
                 await self._put_back_all("no member is left")
             return ack
@@ -335,7 +339,7 @@ class Transaction:
         await self._step(lambda m: m.finish())
         self.phase = Phase.COMMITTED
         self._clock.end("committed")
-        self._on_committed(self.plan)
+        self._on_committed(self)
         self._outcome = t.Committed(
             version=self.plan.version,
             serving=tuple(m.engine_id for m in self._live),
@@ -358,7 +362,7 @@ class Transaction:
             sums[member] = await member.verify(last, with_checksum=self.plan.verify_checksum)
 
         await self._step(verify)
-        for member, why in odd_ones({m: (_layout(m), sums[m]) for m in self._live if sums.get(m)}).items():
+        for member, why in odd_ones({m: (m.layout, sums[m]) for m in self._live if sums.get(m)}).items():
             self._quarantine(member, why)
         if not self._live and any(sums.values()):
             raise DataLoss(
@@ -481,23 +485,6 @@ class Transaction:
         task = asyncio.create_task(run(), name=name)
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
-
-
-def odd_ones(sums: dict[Member, tuple[str, str]]) -> dict[Member, str]:
-    """Members whose checksum differs from most of their layout's; without a majority, all of them."""
-    odd: dict[Member, str] = {}
-    for layout in {layout for layout, _ in sums.values()}:
-        of_layout = {m: s for m, (its, s) in sums.items() if its == layout}
-        common, count = Counter(of_layout.values()).most_common(1)[0]
-        majority = 2 * count > len(of_layout)
-        for member, checksum in of_layout.items():
-            if len(set(of_layout.values())) > 1 and not (majority and checksum == common):
-                odd[member] = f"{member.engine_id}: checksum {checksum[:16]} differs from others of {layout}"
-    return odd
-
-
-def _layout(member: Member) -> str:
-    return f"{member.record.capabilities.engine} tp={member.ranks}"
 
 
 def _spec(spec: t.TensorSpec | None) -> str:

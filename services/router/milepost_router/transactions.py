@@ -34,13 +34,14 @@ from milepost.errors import (
 )
 from milepost.types import EngineState, Transport
 from milepost_router.fleet import Fleet
+from milepost_router.grouping import Grouping
 from milepost_router.ledger import LEASE_TTL_S, Ledger, Publication, RouterHeld
 from milepost_router.member import Member
 from milepost_router.metrics import TransactionMeter
 from milepost_router.probe import ApiOf
 from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
-from milepost_router.transaction import Plan, Transaction
+from milepost_router.transaction import COLLECTIVE, Plan, Transaction
 
 T = TypeVar("T")
 
@@ -72,6 +73,7 @@ class Transactions:
         self._open: dict[str, Transaction] = {}
         self._all: OrderedDict[str, Transaction] = OrderedDict()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._grouping = Grouping(pause_s=settings.quarantine_s, pause_max_s=settings.quarantine_max_s)
 
     async def close(self) -> None:
         """Aborts what is open; members are settled when it returns."""
@@ -195,11 +197,14 @@ class Transactions:
             for record in named:
                 _require_takes(record, request)
             return [e for e in named if self._fleet.eligible(e, now)]
-        return [
+        needy = [
             e
             for e in self._fleet.of_run(request.run_id)
             if self._fleet.eligible(e, now) and _takes(e, request.transport) and not _serves(e, request)
         ]
+        if request.transport not in COLLECTIVE:
+            return needy
+        return self._grouping.choose(request.run_id, needy, now=now)
 
     def _make(self, request: t.PrepareRequest, version: int, records: list[EngineRecord]) -> Transaction:
         name = f"{request.run_id}/{request.term}/{version}/{request.attempt}"
@@ -212,6 +217,7 @@ class Transactions:
             fleet_epoch=self._fleet.fleet_epoch,
             group_name=group,
             expires_at=asyncio.get_running_loop().time() + timeout_s,
+            join_timeout_s=self._join_timeout_s(records),
             bucket_timeout_s=self._settings.bucket_timeout_s,
             verify_checksum=self._settings.verify_checksum,
             manifest={spec.name: spec for spec in request.manifest},
@@ -231,7 +237,12 @@ class Transactions:
             members.append(member)
             rank += member.ranks
         return Transaction(
-            plan, members, publish=self._publish, committed=self._committed, clock=self.meter.begin()
+            plan,
+            members,
+            publish=self._publish,
+            committed=self._committed,
+            broken=self._broken,
+            clock=self.meter.begin(),
         )
 
     # ------------------------------------------------------------------------------------ buckets and the end
@@ -337,11 +348,25 @@ class Transactions:
             )
         )
 
-    def _committed(self, plan: Plan) -> None:
-        log.info(
-            "run %s: version %d, label %d, is served", plan.request.run_id, plan.version, plan.request.label
-        )
-        self._fleet.outdate(plan.request.run_id, plan.version)
+    def _committed(self, transaction: Transaction) -> None:
+        plan, run_id = transaction.plan, transaction.plan.request.run_id
+        log.info("run %s: version %d, label %d, is served", run_id, plan.version, plan.request.label)
+        self._fleet.outdate(run_id, plan.version)
+        if plan.collective:
+            records = [m.record for m in transaction.members if not m.failed]
+            self._grouping.committed(run_id, records, fleet=self._fleet.of_run(run_id))
+
+    def _broken(self, transaction: Transaction) -> None:
+        """A group broke: unless a member is known to have failed, the next ones are to find out who did."""
+        records = [m.record for m in transaction.members]
+        if all(e.state in (EngineState.SERVING, EngineState.STALE) for e in records):
+            run_id, now = transaction.plan.request.run_id, asyncio.get_running_loop().time()
+            self._grouping.broke(run_id, records, fleet=self._fleet.of_run(run_id), now=now)
+
+    def _join_timeout_s(self, records: list[EngineRecord]) -> float:
+        """One that broke its last group does not keep the trainer waiting for long."""
+        alone = self._grouping.is_loner(records[0])
+        return self._settings.engine_call_timeout_s if alone else self._settings.bucket_timeout_s
 
     # ------------------------------------------------------------------------------------ within
 
