@@ -12,12 +12,12 @@ import os
 import socket
 from typing import Any
 
-DEAD_PEER_S = 15
-_IDLE_S = _INTERVAL_S = 5
+DEAD_PEER_S = 10
+_IDLE_S, _INTERVAL_S, _TIMES = 4, 3, 2
 _OPTIONS = {
     "TCP_KEEPIDLE": _IDLE_S,
     "TCP_KEEPINTVL": _INTERVAL_S,
-    "TCP_KEEPCNT": DEAD_PEER_S // _INTERVAL_S - 1,
+    "TCP_KEEPCNT": _TIMES,
     "TCP_USER_TIMEOUT": DEAD_PEER_S * 1000,
 }
 
