@@ -13,6 +13,9 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from enum import IntEnum
 
+from milepost_common.metrics import Instrument, Watched
+from milepost_rollout.metrics import SLOTS
+
 
 class Priority(IntEnum):
     """Who goes first."""
@@ -37,6 +40,21 @@ class SampleSlots:
     def held(self) -> int:
         """Slots in use."""
         return sum(self._held.values())
+
+    @property
+    def waiting(self) -> int:
+        """Who waits for a slot."""
+        return sum(len(queue) for queue in self._waiting.values())
+
+    @property
+    def instruments(self) -> tuple[Instrument, ...]:
+        """The slots, as metrics."""
+        return (
+            Watched(
+                SLOTS,
+                lambda: [(("held",), self.held), (("waited_for",), self.waiting), (("limit",), self.limit)],
+            ),
+        )
 
     @asynccontextmanager
     async def hold(self, priority: Priority) -> AsyncGenerator[None]:

@@ -35,8 +35,10 @@ from typing import Protocol
 from milepost.convert import make_group
 from milepost.errors import DeadlineExceeded, InvalidArgument, MilepostError, NotFound, Unavailable
 from milepost.types import LeaseKey, PromptLease, PromptLeases, RenewedLeases, Run, RunConfig
+from milepost_common.metrics import Instrument
 from milepost_common.telemetry import logs, tracing
 from milepost_rollout.backoff import Backoff, BackoffPolicy
+from milepost_rollout.metrics import GROUPS_IN_FLIGHT, PAUSED, one
 from milepost_rollout.roller import GroupRoller, RollRequest
 from milepost_rollout.sampler import EnginesUnavailable
 from milepost_rollout.settle import Item, Ledger, Settler
@@ -141,6 +143,11 @@ class Gateway:
     def groups_in_flight(self) -> int:
         """Groups leased and not settled."""
         return len(self._groups)
+
+    @property
+    def instruments(self) -> tuple[Instrument, ...]:
+        """What it is about, as metrics."""
+        return one(GROUPS_IN_FLIGHT, lambda: len(self._groups)), one(PAUSED, lambda: float(self._paused))
 
     def pause(self) -> None:
         """Leases no more; what is leased goes on."""

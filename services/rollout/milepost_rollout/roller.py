@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from milepost.errors import InvalidArgument
 from milepost.types import Int32Array, Outcome, Prompt, Sample, SamplingParams
+from milepost_common.metrics import Instrument
 from milepost_common.telemetry import tracing
 from milepost_rollout.capacity import Priority
 from milepost_rollout.draft import Draft
@@ -78,6 +80,11 @@ class GroupRoller:
         self._tokenizer = tokenizer
         self._counters = counters
         self._episodes = episodes
+
+    @property
+    def instruments(self) -> tuple[Instrument, ...]:
+        """What its parts count, as metrics."""
+        return (*self._sampler.slots.instruments, self._scorer.seconds, self._scorer.errors)
 
     async def roll(
         self, request: RollRequest, *, on_generated: Callable[[], None] = lambda: None
@@ -179,8 +186,9 @@ class GroupRoller:
         )
         if self._episodes is not None:
             return await self._episodes.run(job, request.prompt)
-        draft = Draft(ids)
+        draft, started = Draft(ids), time.perf_counter()
         ending = await self._sampler.turn(job, draft)
+        self._counters.sample_seconds.record(time.perf_counter() - started)
         text = self._text(draft.response, ending.matched)
         return draft.finish(index=index, outcome=ending.outcome, text=text, error=ending.error)
 

@@ -171,14 +171,22 @@ class _Turn:
         try:
             generation = await self._request(room)
         except EngineAway as error:
+            self._count("away")
             return await self._wait_for_engines(error)
         except EngineRefused as error:
+            self._count("refused")
             return self._refused(error)
         except EngineFailed as error:
+            self._count("failed")
             return await self._try_again(error)
         except TimeoutError:
+            self._count("timeout")
             return self._out_of_time()
+        self._count("answered" if generation.finish in ("stop", "length") else "cut_short")
         return await self._take(generation)
+
+    def _count(self, result: str) -> None:
+        self._sampler.counters.asks.add(result)
 
     def _room(self) -> int:
         written = self._draft.generated - self._start

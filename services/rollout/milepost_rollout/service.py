@@ -28,6 +28,7 @@ from milepost.client.weights import WeightClient
 from milepost.errors import InvalidArgument, MilepostError
 from milepost.types import RunConfig, SamplingParams
 from milepost.v1 import rollout_pb2_grpc
+from milepost_common.metrics.export import serving
 from milepost_common.process import announce
 from milepost_common.server import GrpcServer
 from milepost_rollout.capacity import SampleSlots
@@ -104,9 +105,20 @@ async def _run(settings: RolloutSettings, stack: AsyncExitStack, stop: asyncio.E
         run_id=settings.run_id if gateway else "",
     )
     server.add(rollout_pb2_grpc.add_RolloutServiceServicer_to_server, servicer, SERVICE)
-    async with server:
+    instruments = [
+        *server.meter.instruments,
+        *parts.counters.instruments,
+        *roller.instruments,
+        *(gateway.instruments if gateway else ()),
+    ]
+    async with (
+        server,
+        serving(
+            "rollout", instruments, listen=settings.metrics_listen, telemetry=settings.telemetry
+        ) as metrics,
+    ):
         await server.start()
-        announce("rollout", grpc=server.address)
+        announce("rollout", grpc=server.address, metrics=metrics)
         main = gateway.run(stop) if gateway else stop.wait()
         await _until_done(main, parts.background)
 

@@ -36,6 +36,8 @@ class RolloutSettings(ServiceSettings, table="rollout"):
     """`host:port` of gRPC; port 0 takes a free one."""
     advertise: str = ""
     """`host:port` under which others reach it. Unset: `listen`."""
+    metrics_listen: str = "127.0.0.1:9103"
+    """Where Prometheus finds `/metrics`, `host:port`; port 0 takes a free one. Empty: nowhere."""
     router_http: str = Field("http://127.0.0.1:7202", pattern=r"^https?://[^\s/]+")
     """Where `/generate` is: the router, or one engine."""
     router: str = "127.0.0.1:7102"

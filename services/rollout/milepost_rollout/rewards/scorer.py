@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from milepost.client.reward import RewardClient
 from milepost.errors import MilepostError
 from milepost.types import Outcome, Prompt, Sample, Scores
+from milepost_common.metrics import Counter, Histogram
+from milepost_rollout.metrics import REWARD_ERRORS, REWARD_SECONDS
 from milepost_rollout.rewards.contract import RewardSample, Score
 from milepost_rollout.rewards.names import Kind, RewardName, read_name
 from milepost_rollout.rewards.pool import WorkerPool
@@ -35,6 +38,9 @@ class Scorer:
       pool: the workers.
       timeout_s: longest wait for a remote reward.
       connect: opens a remote reward by `host:port`.
+
+    Attributes:
+      seconds, errors: time to score a group, and samples without a score, by where.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class Scorer:
         self._timeout_s = timeout_s
         self._connect = connect
         self._remote: dict[str, RewardService] = {}
+        self.seconds, self.errors = Histogram(REWARD_SECONDS), Counter(REWARD_ERRORS)
 
     async def check(self, name: str) -> None:
         """Makes sure that a reward can be used, before anything depends on it.
@@ -71,12 +78,21 @@ class Scorer:
         reward = read_name(name)
         if reward.kind is Kind.NONE or not samples:
             return [Score()] * len(samples)
+        where, started = reward.kind.value, time.perf_counter()
+        scores = await self._score(reward, prompt, prompt_text, samples)
+        self.seconds.record(time.perf_counter() - started, where)
+        self.errors.add(where, amount=sum(bool(score.error) for score in scores))
+        return scores
+
+    async def _score(
+        self, reward: RewardName, prompt: Prompt, prompt_text: Callable[[], str], samples: Sequence[Sample]
+    ) -> list[Score]:
         if reward.kind is Kind.INLINE:
             label = prompt.label.strip()
             return [Score(reward=float(s.text.strip() == label)) for s in samples]
         if reward.kind is Kind.REMOTE:
             return await self._ask(reward, prompt, samples)
-        return await self._pool.score(name, _reward_samples(prompt, prompt_text(), samples))
+        return await self._pool.score(reward.name, _reward_samples(prompt, prompt_text(), samples))
 
     async def close(self) -> None:
         """Kills the workers and closes the connections."""
