@@ -2,7 +2,7 @@
 
 from milepost import BufferClient, Prompt, PromptItem
 
-Names are imported when they are first asked for: a command that asks for health needs neither numpy nor stubs.
+Names are imported when first asked for: a command that asks for health needs neither numpy nor stubs.
 """
 
 import importlib
