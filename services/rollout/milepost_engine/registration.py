@@ -1,13 +1,13 @@
 """Makes an engine known to its router, and keeps it known.
 
-    engine process                      router
+    engine process, or its launcher     router
       register(engine, instance) ------>  JOINING ... STALE | SERVING(v)
       heartbeat every interval   ------>  alive
       (NOT_FOUND: register again)
       drain, remove              ------>  no new requests; forgotten
 
-The registrar owns one task. It ends with `close()`, which drains within a deadline; a router that is away
-never keeps the engine from starting or from stopping.
+The registrar owns one task. It ends with `close()`, which drains within a deadline, or with `abandon()`; a
+router that is away never keeps the engine from starting or from stopping.
 """
 
 from __future__ import annotations
@@ -50,6 +50,18 @@ def describe(settings: EngineSettings, *, url: str, context_length: int) -> Engi
     )
 
 
+def introduce(settings: EngineSettings, *, url: str, gpu_uuids: tuple[str, ...]) -> Engine:
+    """An engine that we launched: all else that it can do, the router asks it itself."""
+    reached_at = settings.advertise or url
+    return Engine(
+        engine_id=settings.engine_id or reached_at.rpartition("/")[2],
+        url=reached_at,
+        run_id=settings.run_id,
+        instance_id=uuid.uuid4().hex,
+        capabilities=EngineCapabilities(gpu_uuids=gpu_uuids),
+    )
+
+
 class Registrar:
     """Registers one engine and sends its heartbeats.
 
@@ -57,12 +69,15 @@ class Registrar:
       router: `host:port` of the router's gRPC side.
       engine: what to register; `instance_id` must be new at each start of the process.
       admin_api_key: key of the engine's admin routes, which the router needs.
+      drain_s: how long the engine's requests may take to end when it leaves.
     """
 
-    def __init__(self, router: str, *, engine: Engine, admin_api_key: str = "") -> None:
+    def __init__(
+        self, router: str, *, engine: Engine, admin_api_key: str = "", drain_s: float = DRAIN_S / 2
+    ) -> None:
         self._client = RouterClient(router, retry=NO_RETRY, timeout_s=5.0)
         self._engine = engine
-        self._key = admin_api_key
+        self._key, self._drain_s = admin_api_key, drain_s
         self._task: asyncio.Task[None] | None = None
         self._registered = False
 
@@ -70,15 +85,22 @@ class Registrar:
         """Starts the task."""
         self._task = asyncio.create_task(self._keep_known(), name="registrar")
 
+    async def abandon(self) -> None:
+        """The engine's process is gone: no more heartbeats, and nothing to drain."""
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._client.close()
+
     async def close(self) -> None:
-        """Drains and removes the engine, within `DRAIN_S`, if the router is there."""
+        """Drains and removes the engine, within `drain_s` and a second, if the router is there."""
         if self._task:
             self._task.cancel()
             await asyncio.wait([self._task])
         try:
             if self._registered:
-                async with asyncio.timeout(DRAIN_S):
-                    await self._client.drain_engine(self._engine.engine_id, max_wait_s=DRAIN_S / 2)
+                async with asyncio.timeout(self._drain_s + DRAIN_S / 2):
+                    await self._client.drain_engine(self._engine.engine_id, max_wait_s=self._drain_s)
                     await self._client.remove_engine(self._engine.engine_id)
         except (MilepostError, TimeoutError) as error:
             log.warning("engine %s leaves without the router's consent: %s", self._engine.engine_id, error)

@@ -1,19 +1,33 @@
-"""Settings of the CPU engine: table `[engine]`, `MILEPOST_ENGINE__<KEY>`, flags as SGLang spells them."""
+"""Settings of an engine: table `[engine]`, `MILEPOST_ENGINE__<KEY>`, flags as SGLang spells them.
+
+What SGLang is launched with stands in `[engine.sglang]`, spelled as its flags are and passed through.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from milepost_common.settings import ServiceSettings, load_or_exit
 from milepost_engine.dialect import DialectName
 
+_LAUNCHED = {
+    "backend", "model", "host", "port", "router", "engine_id", "run_id", "advertise", "served_model_name",
+    "admin_api_key", "shutdown_timeout_s", "sglang", "start_timeout_s", "hang_timeout_s", "telemetry",
+    "metrics_listen",
+}  # fmt: skip
+
 
 class EngineSettings(ServiceSettings, table="engine"):
-    """One CPU engine."""
+    """One engine. Keys that name no backend are of both."""
+
+    backend: Literal["cpu", "sglang"] = "cpu"
+    """cpu: the small engine of this package; sglang: launches SGLang, which must be installed, and keeps it
+    alive."""
 
     model: Path
     """Folder of a Hugging Face causal LM; with a config.json alone, weights are random."""
@@ -60,7 +74,13 @@ class EngineSettings(ServiceSettings, table="engine"):
     health_timeout_s: float = Field(20.0, gt=0)
     """Deadline of /health_generate."""
     shutdown_timeout_s: float = Field(10.0, gt=0)
-    """Deadline from SIGTERM to the end of the process."""
+    """Deadline from SIGTERM to the end of the process; half of it is for requests to end by themselves."""
+    sglang: dict[str, Any] = Field(default_factory=dict)
+    """sglang: options of its launch_server, spelled as its flags: `tp_size = 2`."""
+    start_timeout_s: float = Field(900.0, gt=0)
+    """sglang: how long a start may take."""
+    hang_timeout_s: float = Field(180.0, gt=0)
+    """sglang: it is killed and started again when its scheduler has not answered for so long."""
 
     @property
     def name(self) -> str:
@@ -70,7 +90,21 @@ class EngineSettings(ServiceSettings, table="engine"):
 
 def from_command_line(argv: Sequence[str]) -> EngineSettings:
     """Reads the settings; flags may be spelled `--max-running-requests` or `--max_running_requests`."""
-    return load_or_exit(EngineSettings, [_underscored(arg) for arg in argv])
+    settings = load_or_exit(EngineSettings, [_underscored(arg) for arg in argv])
+    if settings.backend == "sglang":
+        _require_used(settings)
+    return settings
+
+
+def _require_used(settings: EngineSettings) -> None:
+    """SGLang has its own spelling of most that the CPU engine can be told; exits where it is not used."""
+    for name in sorted(settings.model_fields_set - _LAUNCHED):
+        print(
+            f"milepost: setting engine.{name} = {getattr(settings, name)!r} is of backend 'cpu'; "
+            "set what SGLang calls it in [engine.sglang]",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
 
 
 def _underscored(arg: str) -> str:

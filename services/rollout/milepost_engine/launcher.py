@@ -1,0 +1,268 @@
+"""Launches an inference server with SGLang's HTTP surface, makes it known to the router, and keeps it alive.
+
+    STARTING -- /health answers --> READY -- told to stop --> DRAINING --> gone
+        ^                             |
+        +-- died, or hangs: killed ---+      it has the weights it starts with: the router finds it STALE
+
+This process owns the server's whole tree: it runs in a process group of its own, is killed as a group, and
+dies with this process (`leashed`). A start that fails is tried again with growing pauses, `MAX_FAILED_STARTS`
+times in a row; the first start of all is not, since its settings are the likely cause. Each start registers
+as a new instance. No torch here: the launcher must not take memory of the GPU it watches over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import os
+import signal
+import socket
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path
+
+from milepost.errors import InvalidArgument
+from milepost_engine import gpus, sglang_options
+from milepost_engine.registration import Registrar, introduce
+from milepost_engine.settings import EngineSettings
+
+log = logging.getLogger(__name__)
+
+MODULE = "sglang.launch_server"
+MAX_FAILED_STARTS = 3
+MAX_PAUSE_S = 30.0
+LOOK_EVERY_S = 1.0
+LOOK_S = 10.0
+KILL_S = 10.0
+ABORT_GRACE_S = 0.5
+
+
+class Launcher:
+    """Runs one server until it is told to stop.
+
+    Args:
+      settings: the engine's.
+      module: what to run with `python -m`.
+      arguments: its command line.
+      port: where it will listen.
+      release: named in the readiness line.
+      gpu_uuids: its GPUs, one a rank; empty: unknown.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        module: str,
+        arguments: Sequence[str],
+        port: int,
+        release: str,
+        gpu_uuids: tuple[str, ...] = (),
+    ) -> None:
+        self._settings, self._module, self._arguments = settings, module, tuple(arguments)
+        self._release, self._gpu_uuids = release, gpu_uuids
+        self._reached = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+        self._url = f"http://{self._reached}:{port}"
+        self._announced = False
+
+    async def run(self, stop: asyncio.Event) -> int:
+        """Keeps the server alive until `stop`; returns 0 stopped, 1 given up, 2 it never served."""
+        failed = 0
+        while not stop.is_set():
+            served = await self._one_life(stop)
+            if stop.is_set():
+                break
+            if not self._announced:
+                log.error("the server ended before it served: its own messages are above")
+                return 2
+            failed = 0 if served else failed + 1
+            if failed >= MAX_FAILED_STARTS:
+                log.error("%d starts in a row failed: giving up", failed)
+                return 1
+            await _pause(stop, min(2.0**failed, MAX_PAUSE_S))
+        return 0
+
+    async def _one_life(self, stop: asyncio.Event) -> bool:
+        """From a start to its end, whatever ends it; returns whether it served."""
+        process = await self._start()
+        registrar: Registrar | None = None
+        try:
+            if not await self._until_ready(process, stop):
+                return False
+            self._announce()
+            registrar = self._register()
+            await self._watch(process, stop)
+            if registrar and process.returncode is None and stop.is_set():
+                await registrar.close()
+                registrar = None
+                await self._hand_over()
+            return True
+        finally:
+            if registrar:
+                await registrar.abandon()
+            await self._end(process)
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        log.info("starting %s %s", self._module, " ".join(_without_secrets(self._arguments)))
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "milepost_engine.leashed",
+            str(os.getpid()),
+            self._module,
+            *self._arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=sys.stderr.fileno(),  # standard output is for our readiness line
+            start_new_session=True,
+        )
+
+    async def _until_ready(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> bool:
+        deadline = _now() + self._settings.start_timeout_s
+        while _now() < deadline:
+            if process.returncode is not None:
+                log.error("the server ended with status %d while it started", process.returncode)
+                return False
+            if stop.is_set():
+                return False
+            if await self._answers("/health"):
+                return True
+            await _pause(stop, LOOK_EVERY_S)
+        log.error("the server did not serve within %.0f s of its start", self._settings.start_timeout_s)
+        return False
+
+    def _announce(self) -> None:
+        if self._announced:
+            log.info("the server serves again")
+            return
+        self._announced = True
+        print(
+            f"engine ready {self._url} model={self._settings.name} dialect={self._release}",
+            flush=True,
+        )
+
+    def _register(self) -> Registrar | None:
+        if not self._settings.router:
+            return None
+        registrar = Registrar(
+            self._settings.router,
+            engine=introduce(self._settings, url=self._url, gpu_uuids=self._gpu_uuids),
+            admin_api_key=self._settings.admin_api_key,
+            drain_s=self._settings.shutdown_timeout_s / 2,
+        )
+        registrar.start()
+        return registrar
+
+    async def _watch(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
+        """Returns when it is to stop, has died, or has not answered for too long."""
+        answered = _now()
+        while not stop.is_set() and process.returncode is None:
+            if await self._answers("/server_info"):
+                answered = _now()
+            elif process.returncode is None and _now() - answered > self._settings.hang_timeout_s:
+                log.error("its scheduler has not answered for %.0f s: killing it", _now() - answered)
+                return
+            await _pause(stop, LOOK_EVERY_S)
+        if process.returncode is not None:
+            log.error("the server died with status %d", process.returncode)
+
+    async def _answers(self, path: str) -> bool:
+        timeout_s = min(LOOK_S, self._settings.hang_timeout_s)
+        return await asyncio.to_thread(
+            _ask, self._url + path, self._settings.admin_api_key, timeout_s=timeout_s
+        )
+
+    async def _hand_over(self) -> None:
+        """Ends what did not end by itself, so that its tokens still reach whoever asked for them."""
+        key = self._settings.admin_api_key
+        if await asyncio.to_thread(_ask, self._url + "/abort_request", key, b'{"abort_all": true}'):
+            await asyncio.sleep(ABORT_GRACE_S)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Kills all of its tree: it holds nothing that is worth a slow end, and a hung one knows no other."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
+        deadline = _now() + KILL_S
+        while _lives(process.pid) and _now() < deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await asyncio.sleep(0.05)
+
+
+async def serve(settings: EngineSettings, stop: asyncio.Event) -> int:
+    """Launches SGLang until `stop`; returns the exit status."""
+    try:
+        release = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        print(
+            "milepost: engine.backend = 'sglang': SGLang is not installed; run: pip install sglang==0.5.21",
+            file=sys.stderr,
+        )
+        return 2
+    port = settings.port or _free_port(settings.host)
+    try:
+        arguments = sglang_options.arguments(settings, port=port, release=release)
+    except InvalidArgument as error:
+        print(f"milepost: engine: {error}", file=sys.stderr)
+        return 2
+    uuids = await gpus.uuids(sglang_options.gpu_indices(settings))
+    launcher = Launcher(
+        settings, module=MODULE, arguments=arguments, port=port, release=release, gpu_uuids=uuids
+    )
+    return await launcher.run(stop)
+
+
+def _ask(url: str, key: str, body: bytes | None = None, *, timeout_s: float = LOOK_S) -> bool:
+    """One call; False is no answer, a late one, or one that is not 200."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    if body is not None:
+        headers["content-type"] = "application/json"
+    request = urllib.request.Request(url, data=body, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
+            reply.read()
+            return bool(reply.status == 200)
+    except (OSError, HTTPException, urllib.error.URLError):
+        return False
+
+
+def _lives(group: int) -> bool:
+    """Whether any process of a group runs; one that only waits to be reaped does not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] not in ("Z", "X"):
+            return True
+    return False
+
+
+def _free_port(host: str) -> int:
+    """A port that nobody listens on; the server keeps it over its restarts."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _without_secrets(arguments: Sequence[str]) -> list[str]:
+    shown = list(arguments)
+    for i, word in enumerate(shown[:-1]):
+        if word.endswith("api-key"):
+            shown[i + 1] = "..."
+    return shown
+
+
+async def _pause(stop: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await stop.wait()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
