@@ -20,7 +20,7 @@ def images() -> None:
     """Every image, as the working tree has it."""
 
     async def build() -> None:
-        compose = Compose(name=NAME, file=FOLDER / "cpu.yaml", variables=variables())
+        compose = Compose(name=NAME, file=FOLDER / "cpu.yaml", variables=variables(steps=1))
         for service in IMAGES:
             await compose.call("build", service, timeout_s=BUILD_S)
 
@@ -29,8 +29,8 @@ def images() -> None:
 
 @pytest.fixture
 async def project(images: None) -> AsyncIterator[Compose]:
-    """cpu.yaml, not up yet."""
-    compose = Compose(name=NAME, file=FOLDER / "cpu.yaml", variables=variables())
+    """cpu.yaml, not up yet; steps enough to go on for while containers die one after the other."""
+    compose = Compose(name=NAME, file=FOLDER / "cpu.yaml", variables=variables(steps=200))
     try:
         yield compose
     finally:
@@ -41,7 +41,7 @@ async def project(images: None) -> AsyncIterator[Compose]:
 async def hosts(images: None) -> AsyncIterator[tuple[Compose, Compose]]:
     """rollout.yaml and trainer.yaml, not up yet: two networks, joined by ports on Docker's bridge."""
     here = await gateway()
-    both = variables() | free_ports() | {"BIND": here, "TRAINER_HOST": here, "ROLLOUT_HOST": here}
+    both = variables(steps=60) | free_ports() | {"BIND": here, "TRAINER_HOST": here, "ROLLOUT_HOST": here}
     rollout = Compose(name=f"{NAME}-rollout", file=FOLDER / "rollout.yaml", variables=both)
     trainer = Compose(name=f"{NAME}-trainer", file=FOLDER / "trainer.yaml", variables=both)
     try:

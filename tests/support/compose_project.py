@@ -21,10 +21,17 @@ from stack import until
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "compose"
 BUILD_S, UP_S, CALL_S = 900.0, 600.0, 120.0
+PATIENCE_S = 600.0  # of one wait: for a machine that does other work as well
 RUN_ID = "demo"
-STEPS = 60
+GROUPS_PER_STEP = 32
 MAX_STALENESS = 2
-PROMPTS = 32 * STEPS
+MARKS = [
+    pytest.mark.compose,
+    pytest.mark.skipif(
+        os.environ.get("MILEPOST_COMPOSE") != "1", reason="needs Docker: run `make compose-test`"
+    ),
+    pytest.mark.timeout(2400),
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,11 @@ class Compose:
     file: Path
     variables: Mapping[str, str]
 
+    @property
+    def steps(self) -> int:
+        """Steps of the run until its prompts are used up."""
+        return int(self.variables["DEMO_PROMPTS"]) // GROUPS_PER_STEP
+
     async def call(self, *args: str, timeout_s: float = CALL_S, check: bool = True) -> tuple[int, str]:
         """Runs `docker compose ARGS...`; returns its exit status and what it printed to stdout."""
         command = ["docker", "compose", "--file", str(self.file), "--project-name", self.name]
@@ -56,20 +68,54 @@ class Compose:
         state = await self.state(service)
         assert (state["State"], state["ExitCode"]) == ("exited", 137), state
 
+    async def states(self, *services: str) -> dict[str, dict[str, Any]]:
+        """service -> what compose says of its container; of all services where none is named."""
+        _, said = await self.call("ps", "--all", "--format", "json", *services)
+        containers = [json.loads(line) for line in said.splitlines() if line.strip()]
+        return {container["Service"]: container for container in containers}
+
     async def state(self, service: str) -> dict[str, Any]:
         """What compose says of a service's one container."""
-        _, said = await self.call("ps", "--all", "--format", "json", service)
-        (container,) = [json.loads(line) for line in said.splitlines() if line.strip()]
-        return container
+        return (await self.states(service))[service]
 
-    async def exited(self, service: str, *, within_s: float) -> int:
+    async def cut_off(self, service: str) -> None:
+        """Takes a container off its network: nothing reaches it, and what it sends reaches nobody."""
+        await docker("network", "disconnect", self._network, (await self.state(service))["ID"])
+
+    async def reconnect(self, service: str) -> None:
+        """Puts a container that was cut off back, under the name that the others know."""
+        container = (await self.state(service))["ID"]
+        await docker("network", "connect", "--alias", service, self._network, container)
+
+    @property
+    def _network(self) -> str:
+        return f"{self.name}_default"
+
+    async def user_of(self, service: str) -> int:
+        """The user id of a container's first process."""
+        _, said = await self.call("exec", "-T", service, "stat", "--format", "%u", "/proc/1")
+        return int(said)
+
+    async def volumes(self) -> set[str]:
+        """Names of the volumes that the project's containers have mounted; a nameless one has a hash."""
+        ids = [state["ID"] for state in (await self.states()).values()]
+        template = '{{range .Mounts}}{{if eq .Type "volume"}}{{.Name}} {{end}}{{end}}'
+        return set((await docker("inspect", "--format", template, *ids))[1].split())
+
+    async def fleet(self) -> dict[str, dict[str, Any]]:
+        """engine -> what the router says of it; asked inside its container, so also while it is cut off."""
+        command = ["milepost", "engines", "--router", "127.0.0.1:7102", "--json"]
+        _, said = await self.call("exec", "-T", "router", *command)
+        return {engine["engine_id"]: engine for engine in json.loads(said)["engines"]}
+
+    async def exited(self, service: str) -> int:
         """Waits until a container has ended by itself; returns its exit status."""
 
         async def check() -> dict[str, Any] | None:
             state = await self.state(service)
             return state if state["State"] == "exited" else None
 
-        return int((await until(f"{service} has ended", check, within_s=within_s))["ExitCode"])
+        return int((await until(f"{service} has ended", check, within_s=PATIENCE_S))["ExitCode"])
 
     @asynccontextmanager
     async def buffer(self) -> AsyncIterator[BufferClient]:
@@ -112,9 +158,9 @@ async def docker(
 PORTS = ("BUFFER", "ROUTER", "ROUTER_HTTP", "ROLLOUT", "TRAINER", "MIRROR", "WEIGHTS")
 
 
-def variables() -> dict[str, str]:
+def variables(*, steps: int) -> dict[str, str]:
     """A short run on ports that Docker picks; torch from pip's folder of wheels where there is one."""
-    short = {"DEMO_PROMPTS": str(PROMPTS), "DEMO_WARM_START_STEPS": "60"}
+    short = {"DEMO_PROMPTS": str(steps * GROUPS_PER_STEP), "DEMO_WARM_START_STEPS": "60"}
     torch = {"MILEPOST_TORCH_INDEX": ""} if os.environ.get("PIP_FIND_LINKS") else {}
     return short | {f"{port}_PORT": "0" for port in PORTS} | torch
 
@@ -143,11 +189,15 @@ async def remove(compose: Compose) -> None:
         await compose.call("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "10")
 
 
-async def audit(compose: Compose, *witnesses: str) -> dict[str, Any]:
-    """The ledger's audit, by the service that the compose file has for it."""
-    command = ["ledger", "--run", RUN_ID, "--buffer", "buffer:7101", "--audit", "--witness", *witnesses]
+async def assert_audit_closes(compose: Compose) -> None:
+    """The ledger's audit, by the service that the compose file has for it, against the witnesses on disk."""
+    command = ["ledger", "--run", RUN_ID, "--buffer", "buffer:7101", "--audit", "--witness", "/runs/demo"]
     _, said = await compose.call("run", "--rm", "--no-deps", "audit", *command, "--json")
-    return json.loads(said)
+    report = json.loads(said)
+    assert not report["problems"]
+    assert (report["lost"], report["twice"], report["in_flight"]) == (0, 0, 0)
+    assert report["accepted"] == int(compose.variables["DEMO_PROMPTS"])
+    assert report["accepted"] == report["trained"] + sum(report["dropped"].values())
 
 
 async def stats_of(buffer: BufferClient) -> RunStats | None:
@@ -156,14 +206,20 @@ async def stats_of(buffer: BufferClient) -> RunStats | None:
     return found[0] if found else None
 
 
-async def until_committed(buffer: BufferClient, step: int, *, within_s: float) -> RunStats:
+async def until_committed(buffer: BufferClient, step: int) -> RunStats:
     """Waits until a step is committed."""
 
     async def check() -> RunStats | None:
         stats = await stats_of(buffer)
         return stats if stats and stats.committed_step >= step else None
 
-    return await until(f"step {step} committed", check, within_s=within_s)
+    return await until(f"step {step} committed", check, within_s=PATIENCE_S)
+
+
+async def until_goes_on(buffer: BufferClient) -> RunStats:
+    """Waits until two more steps than now are committed: one may have been about to be."""
+    stats = await until_committed(buffer, 0)
+    return await until_committed(buffer, stats.committed_step + 2)
 
 
 async def order_of(buffer: BufferClient) -> dict[tuple[int, int], str]:
@@ -171,11 +227,22 @@ async def order_of(buffer: BufferClient) -> dict[tuple[int, int], str]:
     return {(r.step, r.position): r.prompt_id async for r in buffer.get_ledger(RUN_ID) if r.step}
 
 
-async def until_bound(buffer: BufferClient, *, within_s: float) -> RunStats:
+async def until_bound(buffer: BufferClient) -> RunStats:
     """Waits until training has come as far as the staleness bound lets it without new weights."""
 
     async def check() -> RunStats | None:
         stats = await stats_of(buffer)
         return stats if stats and stats.committed_step == stats.weight_label + 1 + MAX_STALENESS else None
 
-    return await until("the staleness bound is reached", check, within_s=within_s)
+    return await until("the staleness bound is reached", check, within_s=PATIENCE_S)
+
+
+async def until_full(buffer: BufferClient) -> RunStats:
+    """Waits until no further group may roll and none does: all that the bound admits waits for a trainer."""
+
+    async def check() -> RunStats | None:
+        stats = await stats_of(buffer)
+        full = stats and not stats.rolling and not stats.admissible
+        return stats if full else None
+
+    return await until("rollouts have filled up to the bound", check, within_s=PATIENCE_S)
