@@ -15,6 +15,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from milepost.errors import Cancelled, MilepostError
+from milepost_common.telemetry.tracing import NOTHING
 from milepost_router.headers import Request
 from milepost_router.metrics import OK
 from milepost_router.proxy_errors import deadline_passed
@@ -37,6 +38,7 @@ class Passage:
       pin_lost: the engine of a request for exactly one version was given other weights.
       head_sent: the client has the head of a reply: no other engine can answer any more.
       streams_events: what it gets is an event stream.
+      span: of the trace that its client records; NOTHING: none.
       outcome: how it ended, as it is counted.
       age_s: seconds since it came.
     """
@@ -53,6 +55,7 @@ class Passage:
         self.head_sent = False
         self.streams_events = False
         self.version_start = 0
+        self.span = NOTHING
         self.outcome = OK
         self.waiting: Waiter | None = None
         self._closed = False
@@ -68,6 +71,8 @@ class Passage:
         """An engine has it now."""
         self.record, self.cut = record, ""
         self.version_start = record.version
+        if self.span is not NOTHING:
+            self.span.set(engine_id=record.engine_id, version=record.version, label=record.label)
         self._paused_at_start = record.paused_s(self._loop.time())
 
     def taken_back(self) -> None:

@@ -26,7 +26,8 @@ from urllib.parse import urlsplit
 
 from milepost.errors import Cancelled, InvalidArgument, MilepostError
 from milepost.types import EngineState
-from milepost_router import headers, proxy_errors, routing
+from milepost_common.telemetry import tracing
+from milepost_router import headers, proxy_errors, routing, spans
 from milepost_router.fleet import Fleet, Transition
 from milepost_router.metrics import CLIENT_LEFT, ENGINE_ERROR, REFUSED, ProxyMeter
 from milepost_router.passage import Passage
@@ -119,12 +120,16 @@ class Proxy:
         deadline_s = request.deadline_s or self._settings.request_timeout_s
         passage = Passage(request, scope["method"], target, body, deadline_s=deadline_s)
         self.meter.in_flight += 1
+        if tracing.on:
+            spans.begin(passage, scope["headers"])
         watcher: asyncio.Future[MutableMapping[str, Any]] = asyncio.ensure_future(receive())
         watcher.add_done_callback(passage.client_spoke)
         try:
             await self._serve(passage, send)
         finally:
             self.meter.ended(passage.outcome, passage.age_s)
+            if passage.span is not tracing.NOTHING:
+                spans.end(passage)
             passage.close()  # the watcher ends by itself: a request that is answered has no client any more
 
     # ------------------------------------------------------------------------------------ one request

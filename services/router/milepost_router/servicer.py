@@ -16,7 +16,7 @@ from milepost.v1 import router_pb2_grpc
 from milepost_router.fleet import Fleet
 from milepost_router.probe import Prober
 from milepost_router.signals import Signal, wait_for
-from milepost_router.transactions import Transactions
+from milepost_router.transactions import Transactions, about
 
 MAX_DRAIN_S = 600.0
 WATCH_INTERVAL_S = 10.0
@@ -120,7 +120,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 )
             transaction = self._transactions.find(header.transaction_id)
             names.add(header.transaction_id)
-            ack = await transaction.take(header)
+            with about(transaction):
+                ack = await transaction.take(header)
             yield to_proto(ack)
             if ack.group_broken:
                 return

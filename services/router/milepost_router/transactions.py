@@ -20,6 +20,7 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Awaitable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from milepost import types as t
@@ -33,6 +34,7 @@ from milepost.errors import (
     Unavailable,
 )
 from milepost.types import EngineState, Transport
+from milepost_common.telemetry import logs, tracing
 from milepost_router.fleet import Fleet
 from milepost_router.grouping import Grouping
 from milepost_router.ledger import LEASE_TTL_S, Ledger, Publication, RouterHeld
@@ -147,7 +149,8 @@ class Transactions:
         self._remember(transaction)
         if transaction.plan.collective:
             transaction.open_group()
-        self._spawn(self._watch(transaction, ledger))
+        with about(transaction), tracing.apart():
+            self._spawn(self._watch(transaction, ledger))
         return transaction.prepared
 
     async def _restate(self, request: t.PrepareRequest, ledger: Ledger) -> None:
@@ -268,13 +271,15 @@ class Transactions:
         """Commits a transaction; goes on when the caller leaves."""
         transaction = self.find(transaction_id)
         self._require_term(transaction, term)
-        return await self._own(transaction.commit(fleet_epoch=fleet_epoch, num_buckets=num_buckets))
+        with about(transaction):
+            return await self._own(transaction.commit(fleet_epoch=fleet_epoch, num_buckets=num_buckets))
 
     async def abort(self, transaction_id: str, *, term: int, reason: str) -> tuple[str, ...]:
         """Ends a transaction without publishing; returns the engines that are STALE now."""
         transaction = self.find(transaction_id)
         self._require_term(transaction, term)
-        return await self._own(transaction.abort(f"the trainer says: {reason or 'no reason given'}"))
+        with about(transaction):
+            return await self._own(transaction.abort(f"the trainer says: {reason or 'no reason given'}"))
 
     def stream_ended(self, transaction_id: str) -> None:
         """The trainer's stream of buckets is over, however it ended."""
@@ -395,6 +400,12 @@ class Transactions:
             error = task.exception()
             if not isinstance(error, MilepostError):
                 log.error("a weight transaction failed", exc_info=error)
+
+
+def about(transaction: Transaction) -> AbstractContextManager[None]:
+    """Binds what log lines of a block are about."""
+    plan = transaction.plan
+    return logs.about(run=plan.request.run_id, version=plan.version, step=plan.request.label)
 
 
 def _validate(request: t.PrepareRequest) -> None:

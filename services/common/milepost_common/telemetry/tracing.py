@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -158,6 +159,19 @@ def span(
         start_time=start_ns,
     )
     return _Made(made) if made.is_recording() else NOTHING
+
+
+@contextmanager
+def apart() -> Generator[None]:
+    """Leaves the active span while the block runs: tasks that are started in it belong to no trace."""
+    if not on:
+        yield
+        return
+    token = _context.attach(_trace.set_span_in_context(_trace.INVALID_SPAN))
+    try:
+        yield
+    finally:
+        _context.detach(token)
 
 
 def sampled(traceparent: str) -> bool:
