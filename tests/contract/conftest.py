@@ -3,7 +3,7 @@
 By default the suite starts the CPU engine, once per dialect that a test asks for, on a tiny random Qwen3. Set
 `MILEPOST_ENGINE_URL` to run it against any engine with SGLang's HTTP surface, and `MILEPOST_ENGINE_MODEL` to
 the folder of the model it serves (`MILEPOST_ENGINE_KEY`, if its admin routes want one). A skip then names the
-limit of SGLang that it respects.
+limit of SGLang that it respects. `tests/gpu` does so with SGLang on a GPU.
 """
 
 from __future__ import annotations
@@ -88,10 +88,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reference:
-    """The same model in the test's process: the judge of log-probs."""
+    """The same model in the test's process: the judge of log-probs, in float32 from the stored weights."""
 
     def __init__(self, path: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        config = json.loads((path / "config.json").read_text())
+        self.stored = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
 
     @torch.no_grad()
     def logprobs(self, prompt: list[int], output: list[int], *, temperature: float = 1.0) -> list[float]:
@@ -105,10 +107,10 @@ class Reference:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
 
     def perturbed(self, seed: int) -> dict[str, torch.Tensor]:
-        """Other weights of the same shapes."""
+        """Other weights of the same shapes, which the stored dtype can hold."""
         generator = torch.Generator().manual_seed(seed)
         return {
-            name: value + 0.05 * torch.randn(value.shape, generator=generator)
+            name: (value + 0.05 * torch.randn(value.shape, generator=generator)).to(self.stored).float()
             for name, value in self.state().items()
         }
 
@@ -143,7 +145,8 @@ class EngineUnderTest:
         self.version = str(self.info["version"])
         self.ours = self.info.get("engine") == "milepost_engine"
         self.context_length = int(self.info.get("context_length") or 0)
-        self.tolerance = 1e-5 if self.ours else 5e-2
+        self.tolerance = 1e-5 if self.ours else 5e-2  # SGLang computes in bfloat16
+        self.draws_by_seed = self.ours or bool(self.info.get("enable_deterministic_inference"))
 
     @property
     def has_sessions(self) -> bool:
@@ -221,9 +224,20 @@ class EngineClient:
         return reply["ranks"][0]["per_gpu_checksum"]
 
     async def num_live(self) -> int:
-        """Requests running or waiting."""
-        state = (await self.get("/server_info"))["internal_states"][0]
-        return state["num_running_reqs"] + state["num_waiting_reqs"]
+        """Requests running or waiting; SGLang tells it at each prefill, now and then, and at rest."""
+        if self.engine.ours:
+            states = (await self.get("/server_info"))["internal_states"]
+        else:
+            states = (await self.get("/v1/loads?include=core"))["loads"]
+        return sum(state["num_running_reqs"] + state["num_waiting_reqs"] for state in states)
+
+    async def at_rest(self) -> None:
+        """Waits until nothing runs any more, and forgets cached prefixes."""
+
+        async def flushed() -> bool:
+            return (await self.http.post("/flush_cache")).status_code == 200
+
+        await self.until(flushed)
 
     async def until(self, condition: Callable[[], Any], *, deadline_s: float = CALL_DEADLINE_S) -> None:
         """Polls an async condition until it holds."""
@@ -413,10 +427,7 @@ async def _calm(client: EngineClient) -> None:
     await client.post("/abort_request", {"abort_all": True})
     await client.post("/continue_generation")
 
-    async def at_rest() -> bool:
-        return await client.num_live() == 0
-
-    await client.until(at_rest)
+    await client.at_rest()
 
 
 @pytest.fixture

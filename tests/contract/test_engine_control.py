@@ -28,6 +28,10 @@ async def test_abort_ends_a_request_and_keeps_its_tokens(client, reference, ids)
 
 
 async def test_abort_matches_prefixes_and_leaves_others(client, ids):
+    if not client.engine.ours:
+        pytest.skip(
+            "SGLang with one tokenizer process aborts by whole names: a prefix of some is passed over"
+        )
     spared = await client.start_stream(ids("22="), **{**LONG, "max_new_tokens": 400})
     body = {"input_ids": [ids("1="), ids("2=")], "sampling_params": LONG, "rid": "family"}
     task = asyncio.create_task(client.post("/generate", body))
@@ -49,7 +53,7 @@ async def test_abort_all_ends_streams_too(client, ids):
 
 async def test_a_client_that_hangs_up_frees_its_place(client, ids):
     stream = await client.start_stream(ids("1="), **LONG)
-    assert await client.num_live() == 1
+    await client.until(_live(client, 1))
     await stream.hang_up()
     await client.until(_live(client, 0))
 
@@ -68,23 +72,30 @@ async def test_abort_of_an_unknown_request_is_no_error(client):
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
-async def test_pause_holds_requests_and_continue_finishes_them_as_if_nothing_had_been(client, ids, mode):
-    """Greedy output with a pause in its middle equals the one without; so do the log-probs."""
+async def test_pause_holds_requests_and_continue_finishes_them_as_if_nothing_had_been(
+    client, reference, ids, mode
+):
+    """Greedy output with a pause in its middle equals the one without; so do the log-probs.
+
+    SGLang's prefill rounds otherwise than its decoding, so there the forward pass judges what came out.
+    """
     prompt, params = ids("31+4="), {**LONG, "max_new_tokens": 600}
     undisturbed = await client.generate(prompt, **params)
     stream = await client.start_stream(prompt, after=3, **params)
     await client.post("/pause_generation", {"mode": mode})
     held = len(stream.last["output_ids"])
     newcomer = asyncio.create_task(client.generate(ids("8="), max_new_tokens=4, temperature=0.0))
-    await client.until(_live(client, 2))
+    await _arrived(client, 2)
     assert not newcomer.done()
     assert stream.last["meta_info"]["finish_reason"] is None
     await client.post("/continue_generation")
     last = await stream.finished()
     assert 3 <= held <= 600
-    assert last["output_ids"] == undisturbed["output_ids"]
+    if client.engine.ours:
+        assert last["output_ids"] == undisturbed["output_ids"]
+    assert len(last["output_ids"]) == len(undisturbed["output_ids"])
     assert [entry[0] for entry in last["meta_info"]["output_token_logprobs"]] == pytest.approx(
-        [entry[0] for entry in undisturbed["meta_info"]["output_token_logprobs"]], abs=client.engine.tolerance
+        reference.logprobs(prompt, last["output_ids"]), abs=client.engine.tolerance
     )
     assert (await newcomer)["meta_info"]["completion_tokens"] == 4
 
@@ -94,7 +105,7 @@ async def test_pause_with_abort_ends_what_runs_and_holds_what_comes(client, ids)
     await client.post("/pause_generation", {"mode": "abort"})
     assert _ended_by_abort(await stream.finished())
     newcomer = asyncio.create_task(client.generate(ids("8="), max_new_tokens=4, temperature=0.0))
-    await client.until(_live(client, 1))
+    await _arrived(client, 1)
     assert not newcomer.done()
     await client.post("/continue_generation")
     assert (await newcomer)["meta_info"]["completion_tokens"] >= 1
@@ -105,15 +116,19 @@ async def test_a_paused_request_can_be_aborted(client, ids):
         stream = await client.start_stream(ids("1="), **LONG)
         await client.post("/pause_generation", {"mode": mode})
         await client.post("/abort_request", {"abort_all": True})
+        if mode == "in_place" and not client.engine.ours:  # SGLang ends it at its next forward pass
+            await client.post("/continue_generation")
         assert _ended_by_abort(await stream.finished())
         await client.post("/continue_generation")
 
 
 async def test_a_paused_engine_is_healthy(client):
+    """SGLang's /health generates a token, so what its scheduler answers is the sign of life there."""
     await client.post("/pause_generation", {"mode": "in_place"})
-    assert (await client.http.get("/health")).status_code == 200
     if client.engine.ours:
+        assert (await client.http.get("/health")).status_code == 200
         assert (await client.http.get("/health_generate")).status_code == 200
+    assert (await client.http.get("/server_info")).status_code == 200
     await client.post("/continue_generation")
 
 
@@ -125,7 +140,7 @@ async def test_unknown_pause_mode_is_refused(client):
 
 async def test_flush_fails_while_requests_hold_kv(every_client, ids):
     client = every_client
-    await client.post("/flush_cache")
+    await client.at_rest()
     stream = await client.start_stream(ids("1="), **LONG)
     refused = await client.http.post("/flush_cache")
     assert refused.status_code == 400
@@ -139,8 +154,7 @@ async def test_flush_fails_while_requests_hold_kv(every_client, ids):
     await client.post("/abort_request", {"abort_all": True})
     await stream.finished()
     await client.post("/continue_generation")
-    await client.until(_live(client, 0))
-    assert (await client.http.post("/flush_cache")).status_code == 200
+    await client.at_rest()
 
 
 async def test_memory_release_needs_rest_and_generation_needs_memory(
@@ -177,6 +191,7 @@ async def test_memory_release_needs_rest_and_generation_needs_memory(
 async def test_kv_cache_alone_can_be_released(client, ids):
     prompt = ids("5+5=")
     before = await client.generate(prompt, max_new_tokens=8, temperature=0.0)
+    await client.at_rest()  # SGLang dies of a release in mid-work
     await client.post("/release_memory_occupation", {"tags": ["kv_cache"]})
     await client.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
     after = await client.generate(prompt, max_new_tokens=8, temperature=0.0)
@@ -198,10 +213,18 @@ def _live(client, count):
     return check
 
 
+async def _arrived(client, count):
+    """Waits until `count` are there; SGLang keeps what comes during a pause where nobody counts it."""
+    if client.engine.ours:
+        await client.until(_live(client, count))
+
+
 def _generating(client):
     async def check():
+        if not client.engine.ours:
+            return await client.num_live() >= 1
         state = (await client.get("/server_info"))["internal_states"][0]
-        return state["num_running_reqs"] >= 1 and state.get("tokens_generated", 1) >= 1
+        return state["num_running_reqs"] >= 1 and state["tokens_generated"] >= 1
 
     return check
 

@@ -167,6 +167,8 @@ async def test_min_new_tokens_holds_stop_tokens_back(client, ids):
 
 
 async def test_a_seed_makes_the_draw_reproducible_whoever_else_runs(client, ids):
+    if not client.engine.draws_by_seed:
+        pytest.skip("SGLang draws by seed under --enable-deterministic-inference alone")
     params = {"max_new_tokens": 24, "temperature": 1.0, "ignore_eos": True, "sampling_seed": 41}
     alone = await client.generate(ids("1+1="), **params)
     others = [client.generate(ids("ab" * n), max_new_tokens=30, ignore_eos=True) for n in range(1, 6)]
@@ -248,6 +250,8 @@ async def test_the_context_is_a_limit_that_errors_name(client, ids):
 async def test_bad_sampling_params_are_refused_by_name(client, ids, sampling, named):
     if not client.engine.ours and named in ("n", "stop"):
         pytest.skip(f"SGLang does not check {named} before it schedules the request")
+    if not client.engine.ours and named == "temprature":
+        pytest.skip("SGLang answers unknown sampling parameters with 500")
     reply = await client.http.post("/generate", json={"input_ids": ids("1"), "sampling_params": sampling})
     assert reply.status_code == 400
     assert named in reply.text

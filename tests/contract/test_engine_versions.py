@@ -39,7 +39,7 @@ async def test_an_update_that_would_flush_fails_with_live_requests(every_client,
 async def test_requests_in_flight_go_on_over_an_update(client, reference, ids, tmp_path, weights_put_back):
     """Retract, update, continue: the tokens after the update are those of the new weights."""
     prompt = ids("1+2=")
-    stream = await client.start_stream(prompt, after=5, **{**LONG, "max_new_tokens": 300})
+    stream = await client.start_stream(prompt, after=5, **{**LONG, "max_new_tokens": 900})
     await client.post("/pause_generation", {"mode": "retract"})
     async with client.updating():
         reference.load(reference.perturbed(9))
@@ -50,14 +50,15 @@ async def test_requests_in_flight_go_on_over_an_update(client, reference, ids, t
     last = await stream.finished()
     output = last["output_ids"]
     logprobs = [entry[0] for entry in last["meta_info"]["output_token_logprobs"]]
-    assert len(output) == 300
-    cut = 300
+    assert len(output) == 900
+    expected = reference.logprobs(prompt, output)  # the reference holds the new weights
+    assert logprobs[-100:] == pytest.approx(expected[-100:], abs=client.engine.tolerance)
+    assert logprobs[:5] != pytest.approx(expected[:5], abs=client.engine.tolerance)
     if client.engine.has_spans:
         first, second = last["meta_info"]["weight_versions"]
         assert (first["version"], second["version"]) == ("default", "after")
         cut = second["start"]
-        assert 5 <= cut < 300
-        expected = reference.logprobs(prompt, output)  # the reference holds the new weights
+        assert 5 <= cut < 900
         assert logprobs[cut:] == pytest.approx(expected[cut:], abs=client.engine.tolerance)
         assert logprobs[:cut] != pytest.approx(expected[:cut], abs=client.engine.tolerance)
 
@@ -127,6 +128,8 @@ async def test_updates_belong_in_a_session_where_the_release_has_them(every_clie
 
 
 async def test_get_weights_by_name(client, reference):
+    if not client.engine.ours:
+        pytest.skip("SGLang reads weights by name of a few models only, Qwen3 not among them")
     state = reference.state()
     got = await client.post("/get_weights_by_name", {"name": NORM, "truncate_size": 5})
     assert got == pytest.approx(state[NORM][:5].tolist(), abs=client.engine.tolerance)
