@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -32,9 +33,10 @@ from typing import Any
 from milepost import types as t
 from milepost.errors import DataLoss, FailedPrecondition, InvalidArgument, MilepostError, StaleEpoch
 from milepost.types import Transport
-from milepost_router.engine_api import EngineBroken, EngineFault, EngineRefused
+from milepost_router.engine_api import EngineFault, EngineRefused
 from milepost_router.member import Member, handles_of, odd_ones
 from milepost_router.metrics import TransactionClock
+from milepost_router.together import Call, call_all
 from milepost_router.version_string import LoadedVersion
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,6 @@ log = logging.getLogger(__name__)
 Publish = Callable[["Transaction", tuple[str, ...]], Awaitable[bool]]
 
 COLLECTIVE = (Transport.GLOO, Transport.NCCL)
-BROKEN_GROUP_GRACE_S = 2.0
-"""How long members of a collective may take to notice that another one failed."""
 
 
 class Phase(Enum):
@@ -69,6 +69,7 @@ class Plan:
       group_name: process group (gloo); empty: none.
       expires_at: end of its time on the loop's clock.
       join_timeout_s, bucket_timeout_s: deadlines of joining the process group, and of one bucket.
+      straggler_s: how much later than the first member of a collective the others may have a bucket.
       verify_checksum: compare checksums before the commit.
     """
 
@@ -80,6 +81,7 @@ class Plan:
     expires_at: float
     join_timeout_s: float
     bucket_timeout_s: float
+    straggler_s: float
     verify_checksum: bool
     manifest: dict[str, t.TensorSpec] = field(default_factory=dict[str, t.TensorSpec])
 
@@ -225,7 +227,11 @@ class Transaction:
                 return broken
         timeout_s = min(self.plan.bucket_timeout_s, self._remaining_s())
         transport = self.plan.request.transport
-        faults = await self._each(self._live, lambda m: m.take(header, transport, timeout_s=timeout_s))
+        faults = await self._each(
+            self._live,
+            lambda m: m.take(header, transport, timeout_s=timeout_s),
+            straggler_s=self.plan.straggler_s,
+        )
         return await self._judge(faults, first=first)
 
     async def _open_members(self) -> list[str]:
@@ -447,36 +453,9 @@ class Transaction:
         )
 
     async def _each(
-        self, members: Sequence[Member], call: Callable[[Member], Awaitable[None]]
+        self, members: Sequence[Member], call: Call, *, straggler_s: float = math.inf
     ) -> dict[Member, EngineFault]:
-        """Calls all members at once; returns who failed. In a collective nobody waits for a failed one."""
-        faults: dict[Member, EngineFault] = {}
-
-        async def one(member: Member) -> None:
-            try:
-                await call(member)
-            except EngineFault as fault:
-                member.gone = member.gone or (isinstance(fault, EngineBroken) and fault.gone)
-                faults[member] = fault
-
-        calls = {asyncio.create_task(one(m), name=m.engine_id): m for m in members}
-        waiting = set(calls)
-        try:
-            while waiting:
-                grace_s = BROKEN_GROUP_GRACE_S if faults and self.plan.collective else None
-                done, waiting = await asyncio.wait(
-                    waiting, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in done:
-                    task.result()
-                if not done:
-                    break
-        finally:
-            for task in waiting:
-                task.cancel()
-        for task in waiting:
-            faults[calls[task]] = EngineBroken(f"{calls[task].engine_id}: waits in a group that is broken")
-        return faults
+        return await call_all(members, call, collective=self.plan.collective, straggler_s=straggler_s)
 
     def _in_background(self, work: Awaitable[None], name: str) -> None:
         async def run() -> None:

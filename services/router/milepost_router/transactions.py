@@ -222,6 +222,7 @@ class Transactions:
             expires_at=asyncio.get_running_loop().time() + timeout_s,
             join_timeout_s=self._join_timeout_s(records),
             bucket_timeout_s=self._settings.bucket_timeout_s,
+            straggler_s=self._settings.engine_call_timeout_s,
             verify_checksum=self._settings.verify_checksum,
             manifest={spec.name: spec for spec in request.manifest},
         )

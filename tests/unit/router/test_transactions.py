@@ -513,6 +513,39 @@ async def test_an_engine_that_is_silent_costs_one_deadline_and_joins_nothing_whi
     assert (await tools.commit(bench, again)).serving == ("a", "b")
 
 
+async def test_a_member_that_is_silent_long_after_the_others_have_a_bucket_is_not_waited_for(
+    tools, fake_engine
+):
+    bench = tools.bench(engine_call_timeout_s=0.3, bucket_timeout_s=3600.0)
+    for name in "ab":
+        bench.join(await fake_engine(name))
+    bench.engines["a"].hang("update_weights_from_distributed")
+    prepared = await bench.transactions.prepare(gloo(tools, timeout_s=3600.0))
+    ack = await take_part(bench, prepared).take(tools.bucket(prepared, 0, transport=Transport.GLOO))
+    assert ack.group_broken
+    assert bench.states() == {"a": "QUARANTINED", "b": "STALE"}
+
+
+async def test_a_member_that_the_fleet_gives_up_while_it_joins_is_not_waited_for(tools, fake_engine):
+    bench = tools.bench(bucket_timeout_s=3600.0)
+    for name in "ab":
+        fake = await fake_engine(name)
+        bench.join(fake)
+        fake.hang("init_weights_update_group")  # as all do while one of them is not there
+    prepared = await bench.transactions.prepare(gloo(tools, timeout_s=3600.0))
+    taking = asyncio.create_task(
+        take_part(bench, prepared).take(tools.bucket(prepared, 0, transport=Transport.GLOO))
+    )
+    await bench.engines["b"].called("init_weights_update_group")
+    record = bench.record("a")
+    for _ in range(3):
+        bench.fleet.probe_failed(record, "no answer", generation=record.generation)
+    await tools.until(taking.done)
+    assert taking.result().group_broken
+    assert bench.states() == {"a": "DEAD", "b": "STALE"}
+    assert bench.engines["b"].version_string == "default"
+
+
 # ---- who may open one --------------------------------------------------------------------------------------
 
 
