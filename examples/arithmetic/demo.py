@@ -139,10 +139,12 @@ def line_of(step: StepMetrics) -> str:
         return "-" if number is None else format(number, form)
 
     return (
-        f"step {step.step:3d}  reward {value('reward_mean', '.3f')}  loss {value('loss', '+.4f')}  "
-        f"grad norm {value('grad_norm', '.2f')}  staleness {value('staleness_max', '.0f')}  "
-        f"{value('tokens_per_s', '.0f')} tokens/s  wait {value('wait_s', '.2f')} s  "
-        f"train {value('train_s', '.2f')} s  publish {value('publish_s', '.2f')} s"
+        f"step {step.step:3d}  reward {value('rollout/raw_reward', '.3f')}  "
+        f"loss {value('train/loss', '+.4f')}  grad norm {value('train/grad_norm', '.2f')}  "
+        f"staleness {value('milepost/step_staleness_max', '.0f')}  "
+        f"{value('milepost/step_tokens_per_s', '.0f')} tokens/s  "
+        f"wait {value('perf/train_wait_time', '.2f')} s  train {value('perf/train_time', '.2f')} s  "
+        f"publish {value('perf/update_weights_time', '.2f')} s"
     )
 
 
@@ -212,7 +214,7 @@ def plot(path: Path) -> None:
 
     rows = [json.loads(line) for line in (RUN_DIR / "metrics.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4))
-    axes.plot([r["step"] for r in rows], [r["reward_mean"] for r in rows], marker=".")
+    axes.plot([r["step"] for r in rows], [r["rollout/raw_reward"] for r in rows], marker=".")
     axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1), title="Two-digit sums, asynchronous GRPO")
     axes.grid(alpha=0.3)
     figure.tight_layout()

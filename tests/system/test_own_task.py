@@ -32,5 +32,5 @@ def test_own_prompts_and_own_reward_train_with_one_command(start_stack, tmp_path
     assert stack.process.wait(180) == 0, stack.logs()
     rows = [json.loads(line) for line in (stack.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
-    assert any(0 < r["reward_mean"] < 1 for r in rows)
+    assert any(0 < r["rollout/raw_reward"] < 1 for r in rows)
     assert (stack.run_dir / "final" / "model.safetensors").is_file()

@@ -46,16 +46,20 @@ def _headline(s: Snapshot) -> Text:
     return text
 
 
+_PARTS = {"wait": "train_wait", "train": "train", "publish": "update_weights"}
+
+
 def _learning(s: Snapshot) -> Panel:
     grid = Table.grid(padding=(0, 2))
-    for name, label in (("reward_mean", "reward"), ("loss", "loss")):
+    for name, label in (("rollout/raw_reward", "reward"), ("train/loss", "loss")):
         grid.add_row(label, number(s.latest(name)), Text(sparkline(s.series(name)), style="green"))
-    staleness = f"mean {number(s.latest('staleness_mean'))}  max {number(s.latest('staleness_max'))}"
-    grid.add_row("staleness", "", staleness)
-    grid.add_row("grad norm", number(s.latest("grad_norm")), f"learning rate {number(s.latest('lr'))}")
-    parts = "  ".join(f"{n} {number(s.latest(f'{n}_s'))}" for n in ("wait", "train", "publish"))
-    grid.add_row("seconds", number(s.latest("step_s")), parts)
-    rates = f"generated {number(s.generated_per_s)}  trained {number(s.latest('tokens_per_s'))}"
+    ages = (number(s.latest(f"milepost/step_staleness_{n}")) for n in ("mean", "max"))
+    grid.add_row("staleness", "", "mean {}  max {}".format(*ages))
+    rate = f"learning rate {number(s.latest('train/lr-pg_0'))}"
+    grid.add_row("grad norm", number(s.latest("train/grad_norm")), rate)
+    parts = "  ".join(f"{n} {number(s.latest(f'perf/{name}_time'))}" for n, name in _PARTS.items())
+    grid.add_row("seconds", number(s.latest("perf/step_time")), parts)
+    rates = f"generated {number(s.generated_per_s)}  trained {number(s.latest('milepost/step_tokens_per_s'))}"
     grid.add_row("tokens/s", "", rates)
     return Panel(grid, title="learning", title_align="left")
 

@@ -32,6 +32,7 @@ from milepost.errors import FailedPrecondition, OutOfRange, StaleTerm
 from milepost_trainer.crew import Crew, StepOrder
 from milepost_trainer.learner import UpdateReport
 from milepost_trainer.ledger import Ledger
+from milepost_trainer.meters import StepMeter
 from milepost_trainer.metrics import StepTimes, step_metrics
 from milepost_trainer.plan import GroupInfo, plan_step
 from milepost_trainer.publisher import Published, Publisher
@@ -83,6 +84,9 @@ class StepLoop:
         recorder: metrics and step log.
         state: what others see and ask for.
         stop: set when the trainer shall end.
+
+    Attributes:
+        meter: the last step as metrics.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class StepLoop:
         self._leases: dict[int, asyncio.Task[t.StepLease]] = {}
         self._run: t.RunConfig = t.RunConfig()
         self._clock = _Clock()
+        self.meter = StepMeter()
 
     # ------------------------------------------------------------------ resume
 
@@ -315,6 +320,8 @@ class StepLoop:
             wall_time=time.time(),
         )
         self._recorder.write_metrics(step, metrics)
+        staleness = [group.staleness for group in groups]
+        self.meter.trained(metrics, staleness=staleness, replayed=step <= self._committed_before)
         self._state.add_step(step, {name: value for name, value in metrics.items() if value is not None})
 
     # ------------------------------------------------------------------ publishing and saving

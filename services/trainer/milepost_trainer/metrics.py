@@ -1,9 +1,7 @@
 """The metrics of a step, from what the loop measured and what the learner reports. Pure functions.
 
-Times are wall seconds: `wait_s` blocked in LeaseStep and fetching, `train_s` forward, backward and optimizer,
-`publish_s`, `checkpoint_s`, and `step_s` from the end of the step before to the end of this one. `tokens` are
-predicted tokens (those with loss), `sample_tokens` all tokens of the samples; `tokens_per_s` counts the
-latter.
+One vocabulary for metrics.jsonl, TensorBoard, WatchSteps and Prometheus; `meters.STEP` says what each name
+means. Times are wall seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +18,15 @@ from milepost_trainer.learner import UpdateReport
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Wall seconds of one step; see the module's docstring."""
+    """Wall seconds of one step.
+
+    Attributes:
+        wait_s: blocked in LeaseStep and fetching.
+        train_s: forward, backward and optimizer.
+        publish_s: giving weights to engines.
+        checkpoint_s: saving.
+        step_s: from the end of the step before to the end of this one.
+    """
 
     wait_s: float
     train_s: float
@@ -44,34 +50,39 @@ def step_metrics(
     rewards = np.array([r for group in groups for r in group.rewards if math.isfinite(r)])
     staleness = [group.staleness for group in groups]
     sample_tokens = sum(sum(group.num_tokens) for group in groups)
+    samples = sum(len(group.num_tokens) for group in groups)
     tokens = sum(update.num_tokens for update in updates)
     return {
         "time": wall_time,
-        "term": term,
-        "loss": sum(update.loss for update in updates) / len(updates),
-        "reward_mean": float(rewards.mean()) if rewards.size else None,
-        "reward_std": float(rewards.std()) if rewards.size else None,
-        "grad_norm": _finite(max(update.grad_norm for update in updates)),
-        "lr": updates[-1].learning_rate,
-        **_token_means(updates, tokens),
-        "groups": len(groups),
-        "samples": sum(len(group.num_tokens) for group in groups),
-        "tokens": tokens,
-        "sample_tokens": sample_tokens,
-        "tokens_per_s": sample_tokens / times.step_s if times.step_s > 0 else None,
-        "micro_batches": sum(update.num_micro_batches for update in updates),
-        "updates": len(updates),
-        "skipped_updates": sum(update.skipped for update in updates),
-        "dropped_groups": dropped,
-        "staleness_mean": sum(staleness) / len(staleness),
-        "staleness_max": max(staleness),
-        "weight_version": weight_version,
-        "wait_s": times.wait_s,
-        "train_s": times.train_s,
-        "publish_s": times.publish_s,
-        "checkpoint_s": times.checkpoint_s,
-        "step_s": times.step_s,
-        "replayed": float(replayed),
+        "train/loss": sum(update.loss for update in updates) / len(updates),
+        "train/grad_norm": _finite(max(update.grad_norm for update in updates)),
+        "train/lr-pg_0": updates[-1].learning_rate,
+        **{f"train/{name}": value for name, value in _token_means(updates, tokens).items()},
+        "rollout/raw_reward": float(rewards.mean()) if rewards.size else None,
+        "rollout/raw_reward_std": float(rewards.std()) if rewards.size else None,
+        "rollout/response_lengths": sum(group.num_loss_tokens for group in groups) / samples,
+        "rollout/total_lengths": sample_tokens / samples,
+        "perf/step_time": times.step_s,
+        "perf/train_time": times.train_s,
+        "perf/train_wait_time": times.wait_s,
+        "perf/wait_time_ratio": _rate(times.wait_s, times.step_s),
+        "perf/update_weights_time": times.publish_s,
+        "perf/save_model_time": times.checkpoint_s,
+        "perf/actor_train_tok_per_s": _rate(sample_tokens, times.train_s),
+        "milepost/step_tokens_per_s": _rate(sample_tokens, times.step_s),
+        "milepost/step_staleness_mean": sum(staleness) / len(staleness),
+        "milepost/step_staleness_max": max(staleness),
+        "milepost/step_groups": len(groups),
+        "milepost/step_samples": samples,
+        "milepost/step_tokens": tokens,
+        "milepost/step_sample_tokens": sample_tokens,
+        "milepost/step_micro_batches": sum(update.num_micro_batches for update in updates),
+        "milepost/step_updates": len(updates),
+        "milepost/step_skipped_updates": sum(update.skipped for update in updates),
+        "milepost/step_dropped_groups": dropped,
+        "milepost/step_weight_version": weight_version,
+        "milepost/step_term": term,
+        "milepost/step_replayed": float(replayed),
     }
 
 
@@ -81,6 +92,10 @@ def _token_means(updates: Sequence[UpdateReport], tokens: int) -> dict[str, floa
     return {
         name: sum(u.means.get(name, 0.0) * u.num_tokens for u in updates) / max(1, tokens) for name in names
     }
+
+
+def _rate(amount: float, seconds: float) -> float | None:
+    return amount / seconds if seconds > 0 else None
 
 
 def _finite(value: float) -> float | None:

@@ -29,7 +29,19 @@ import torch
 from milepost import types as t
 from milepost.client.router import RouterClient
 from milepost.errors import FailedPrecondition, MilepostError, NotFound, StaleTerm, Unavailable
+from milepost_common.metrics import Counter, Instrument, Phases
 from milepost_trainer.buckets import Bucket
+from milepost_trainer.meters import (
+    FAILED,
+    IDLE,
+    NOBODY,
+    PUBLICATIONS,
+    PUBLISHED,
+    PUBLISHED_BYTES,
+    PUBLISHER_SECONDS,
+    PUBLISHING,
+    WAITING,
+)
 from milepost_trainer.settings import PublishSettings
 from milepost_trainer.transports.base import WeightTransport
 
@@ -93,6 +105,10 @@ class Publisher:
         self._due: int | None = None
         self._floor = 0
         self.changed = asyncio.Event()
+        self._outcomes, self._bytes = Counter(PUBLICATIONS), Counter(PUBLISHED_BYTES)
+        for outcome in (PUBLISHED, FAILED, NOBODY):
+            self._outcomes.cell(outcome)
+        self._times = Phases(PUBLISHER_SECONDS, first=WAITING)
         self.term = 0
         self.label = 0
         self.published = Published()
@@ -120,6 +136,11 @@ class Publisher:
         """Redis is another one and holds this as newest: what it forgot is published again."""
         if published.version < self.published.version:
             self.published, self._own = published, False
+
+    @property
+    def instruments(self) -> tuple[Instrument, ...]:
+        """What it tells as metrics."""
+        return self._outcomes, self._bytes, self._times
 
     @property
     def wanted(self) -> bool:
@@ -182,6 +203,7 @@ class Publisher:
             return False
         again = not self._is_due and self.label == self.published.label and self._own
         version = self.published.version if again else 0
+        self._times.enter(PUBLISHING)
         attempt = self._attempts.get(self.label, 0) + 1
         self._attempts[self.label] = attempt
         try:
@@ -196,10 +218,15 @@ class Publisher:
             return False
         if committed is None:  # the fleet as we see it is older than the router's
             self._not_before = time.monotonic() + self._settings.retry_delay_s
+            self._outcomes.add(NOBODY)
+            self._times.enter(WAITING)
             self._adopt()
             return False
         self._failures, self._not_before = 0, 0.0
         self.published, self._own = Published(committed.version, self.label), True
+        self._outcomes.add(PUBLISHED)
+        self._bytes.add(amount=sum(bucket.size_bytes for bucket in self._buckets))
+        self._times.enter(IDLE)
         for engine, why in committed.quarantined.items():
             log.warning("engine %s is quarantined: %s", engine, why)
         return True
@@ -215,6 +242,8 @@ class Publisher:
             self.published, self._own = Published(max(serving), self.label), False
 
     def _back_off(self, why: str) -> None:
+        self._outcomes.add(FAILED)
+        self._times.enter(WAITING)
         self._failures += 1
         delay = self._settings.retry_delay_s * 2.0 ** min(self._failures - 1, 32)
         delay = min(delay, max(self._settings.max_retry_delay_s, self._settings.retry_delay_s))

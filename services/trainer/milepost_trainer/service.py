@@ -24,6 +24,7 @@ from milepost.client.buffer import BufferClient
 from milepost.client.router import RouterClient
 from milepost.errors import DataLoss, DeadlineExceeded, InvalidArgument, MilepostError, StaleTerm, Unavailable
 from milepost.v1 import trainer_pb2_grpc
+from milepost_common.metrics.export import serving
 from milepost_common.process import announce
 from milepost_common.server import GrpcServer
 from milepost_trainer.backends.base import Backend
@@ -148,14 +149,26 @@ async def _lead(settings: TrainerSettings, rank: Rank, stack: AsyncExitStack, st
     )
     server = GrpcServer(listen=settings.listen, advertise=settings.advertise)
     server.add(trainer_pb2_grpc.add_TrainerServiceServicer_to_server, TrainerServicer(state), SERVICE)
-    async with server:
+    instruments = [
+        *server.meter.instruments,
+        *loop.meter.instruments,
+        *state.instruments,
+        *publisher.instruments,
+    ]
+    async with (
+        server,
+        serving(
+            "trainer", instruments, listen=settings.metrics_listen, telemetry=settings.telemetry
+        ) as metrics,
+    ):
         await server.start()
-        trained = await _beside(_run(loop, server.address, stop), [publisher.watch(), crew.keep_alive()])
+        running = _run(loop, stop, grpc=server.address, metrics=metrics)
+        trained = await _beside(running, [publisher.watch(), crew.keep_alive()])
         await crew.call("stop")
     return trained
 
 
-async def _run(loop: StepLoop, address: str, stop: asyncio.Event) -> bool:
+async def _run(loop: StepLoop, stop: asyncio.Event, **addresses: str) -> bool:
     """Resume, say so, and train; a stop ends it also while the buffer is away."""
     resuming, stopped = asyncio.create_task(loop.resume()), asyncio.create_task(stop.wait())
     try:
@@ -167,7 +180,7 @@ async def _run(loop: StepLoop, address: str, stop: asyncio.Event) -> bool:
         resuming.cancel()
         stopped.cancel()
         await asyncio.gather(resuming, stopped, return_exceptions=True)
-    announce("trainer", grpc=address)
+    announce("trainer", **addresses)
     return await loop.run()
 
 

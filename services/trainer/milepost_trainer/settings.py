@@ -254,6 +254,8 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """Where rank 0 serves TrainerService."""
     advertise: str = ""
     """The name under which others reach it; empty: as it listens."""
+    metrics_listen: str = "127.0.0.1:9104"
+    """Where Prometheus finds rank 0's `/metrics`, host:port; port 0 takes a free one. Empty: nowhere."""
     nproc: int = Field(default=1, ge=1)
     """Ranks on this host; above 1 torchrun is started unless this already runs under it."""
     backend: Literal["fsdp"] = "fsdp"

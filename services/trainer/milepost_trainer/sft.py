@@ -200,11 +200,11 @@ class _Metrics:
         if self._path is not None:
             row = {
                 "step": step,
-                "loss": report.loss,
-                "grad_norm": report.grad_norm,
-                "lr": report.learning_rate,
-                "tokens": report.num_tokens,
-                "skipped": report.skipped,
+                "train/loss": report.loss,
+                "train/grad_norm": report.grad_norm,
+                "train/lr-pg_0": report.learning_rate,
+                "milepost/step_tokens": report.num_tokens,
+                "milepost/step_skipped_updates": int(report.skipped),
             }
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

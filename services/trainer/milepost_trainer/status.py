@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from milepost.types import SavedCheckpoint, StepMetrics, TrainerStatus
+from milepost_common.metrics import Instrument, Phases, Watched
+from milepost_trainer.meters import CHECKPOINT, COMMITTED, PHASE_SECONDS
 
 _KEPT_STEPS = 1000
 
@@ -52,9 +54,20 @@ class TrainerState:
     steps: deque[StepMetrics] = field(default_factory=lambda: deque[StepMetrics](maxlen=_KEPT_STEPS))
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _started: float = field(default_factory=time.monotonic)
+    _times: Phases = field(default_factory=lambda: Phases(PHASE_SECONDS, first="starting"))
+
+    @property
+    def instruments(self) -> tuple[Instrument, ...]:
+        """What it tells as metrics."""
+        return (
+            self._times,
+            Watched(COMMITTED, lambda: [((), self.step)]),
+            Watched(CHECKPOINT, lambda: [((), self.checkpoint.step)]),
+        )
 
     def enter(self, phase: str, waiting_for: str = "") -> None:
         """Note what the loop does now."""
+        self._times.enter(phase)
         self.phase, self.waiting_for = phase, waiting_for
         self.announce()
 

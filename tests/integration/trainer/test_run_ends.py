@@ -38,7 +38,7 @@ async def test_every_second_step_is_published_and_the_last_line_accounts_for_all
         await stack.feed(buffer, first=2, count=12, close=True)
         assert await trainer.exit_code() == 0, trainer.tail()
     assert await labels_of(stack) == [0, 2, 3], "the last step is published, whatever its number"
-    assert [row["updates"] for row in stack.rows("metrics.jsonl")] == [2, 2, 2]
+    assert [row["milepost/step_updates"] for row in stack.rows("metrics.jsonl")] == [2, 2, 2]
     assert "12 of 14 prompts trained, 2 dropped (cancelled 2)" in trainer.tail()
 
 

@@ -75,7 +75,7 @@ async def test_killed_stopped_and_finished(stack: Any, wait_until: Any, rolling:
         assert [len(steps[s]) for s in (3, 4, 5, 6)] == [1, 2, 2, 1]
         assert steps[4][0] == steps[4][1]
         assert steps[5][0] == steps[5][1]
-        replayed = [row["step"] for row in stack.rows("metrics.jsonl") if row["replayed"]]
+        replayed = [row["step"] for row in stack.rows("metrics.jsonl") if row["milepost/step_replayed"]]
         assert replayed == [4, 5]
 
         # An engine that comes late is given what is published, without a step.
@@ -128,7 +128,7 @@ async def test_killed_stopped_and_finished(stack: Any, wait_until: Any, rolling:
         export = stack.checkpoints / "final"
         for url in urls.values():
             await assert_engine_holds(stack, url, export)
-        assert stack.rows("metrics.jsonl")[-1]["samples"] == 4
+        assert stack.rows("metrics.jsonl")[-1]["milepost/step_samples"] == 4
         assert (stack.metrics / "transcripts" / "step_00000004.jsonl").read_text().count("\n") == 8
 
 

@@ -51,7 +51,8 @@ def full() -> Snapshot:
     s.gateway.set(RolloutStatus(groups_in_flight=7, outcomes={"completed": 11}, last_evaluation=evaluation))
     s.trainer.set(TrainerStatus(step=8, phase="waiting", waiting_for="12 of 32 groups"))
     for i in range(1, 9):
-        s.add_step(StepMetrics(step=i, metrics={"reward_mean": i / 10, "loss": -0.25, "tokens_per_s": 512.0}))
+        metrics = {"rollout/raw_reward": i / 10, "train/loss": -0.25, "milepost/step_tokens_per_s": 512.0}
+        s.add_step(StepMetrics(step=i, metrics=metrics))
     return s
 
 
@@ -82,10 +83,10 @@ def test_a_frame_of_nothing() -> None:
 
 def test_a_step_that_is_trained_again_replaces_what_followed_it() -> None:
     s = full()
-    s.add_step(StepMetrics(step=6, metrics={"reward_mean": 0.0}))
+    s.add_step(StepMetrics(step=6, metrics={"rollout/raw_reward": 0.0}))
     assert [x.step for x in s.steps] == [1, 2, 3, 4, 5, 6]
-    assert s.latest("reward_mean") == 0.0
-    assert s.latest("loss") is None
+    assert s.latest("rollout/raw_reward") == 0.0
+    assert s.latest("train/loss") is None
 
 
 def test_generation_speed_needs_two_readings_in_order() -> None:

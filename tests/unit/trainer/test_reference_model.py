@@ -69,7 +69,7 @@ def test_the_policy_is_pulled_to_another_reference(model_dir: Path, tmp_path: Pa
     objective = {"kl_coef": 1.0, "kl_estimator": estimator}
     learner = learner_of(model_dir, objective=objective, reference_dir=str(reference))
     same_reward = {"g": group([1.0, 1.0, 1.0])}
-    kl = [train(learner, same_reward, step=s)[0].means["kl"] for s in range(1, 41)]
+    kl = [train(learner, same_reward, step=s)[0].means["kl_loss"] for s in range(1, 41)]
     assert kl[0] > 0
     assert kl[-1] < 0.1 * kl[0], "with equal rewards the loss is KL alone"
 
@@ -77,7 +77,7 @@ def test_the_policy_is_pulled_to_another_reference(model_dir: Path, tmp_path: Pa
 def test_without_a_folder_the_reference_is_the_initial_policy_and_stays_so(model_dir: Path) -> None:
     learner = learner_of(model_dir, objective={"kl_coef": 0.01})
     differing = {"g": group([1.0, 0.0, 0.5])}
-    kl = [train(learner, differing, step=s)[0].means["kl"] for s in range(1, 6)]
+    kl = [train(learner, differing, step=s)[0].means["kl_loss"] for s in range(1, 6)]
     assert kl[0] == pytest.approx(0, abs=1e-9)
     assert kl == sorted(kl)
     assert kl[-1] > 1e-5
@@ -94,7 +94,7 @@ def test_truncated_importance_sampling_clips_against_the_policy_at_the_start_of_
         for made in far.values():
             for sequence in made.sequences:
                 np.copyto(sequence.logprobs, np.where(sequence.loss_mask, np.float32(-6), np.float32(0)))
-        return [r.means["clip_fraction"] for r in train(learner, far, step=1, updates=2)]
+        return [r.means["pg_clipfrac"] for r in train(learner, far, step=1, updates=2)]
 
     assert min(clipped()) > 0.2
     assert clipped(truncated_importance_sampling=2.0) == [0.0, 0.0]

@@ -106,6 +106,6 @@ async def test_it_learns_and_exports(tmp_path: Path, model_dir: Path, tokenizer:
     assert await train(settings, asyncio.Event()) == 0
     log = [json.loads(r) for r in (tmp_path / "metrics" / "sft_metrics.jsonl").read_text().splitlines()]
     assert len(log) == 60
-    assert log[-1]["loss"] < 0.1 < log[0]["loss"]
+    assert log[-1]["train/loss"] < 0.1 < log[0]["train/loss"]
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -16,18 +16,19 @@ from milepost.errors import InvalidArgument
 from milepost.v1 import trainer_pb2_grpc
 from milepost_common.server import GrpcServer
 from milepost_trainer.learner import UpdateReport
+from milepost_trainer.meters import STEP
 from milepost_trainer.metrics import StepTimes, step_metrics
 from milepost_trainer.recorder import Recorder
 from milepost_trainer.status import TrainerState
 from milepost_trainer.trainer_servicer import SERVICE, TrainerServicer
 
 GROUPS = (
-    t.StepGroup(prompt_id="a", num_tokens=(5, 7), rewards=(1.0, 0.0), staleness=0),
-    t.StepGroup(prompt_id="b", num_tokens=(4, 4), rewards=(math.nan, 0.5), staleness=2),
+    t.StepGroup(prompt_id="a", num_tokens=(5, 7), num_loss_tokens=8, rewards=(1.0, 0.0), staleness=0),
+    t.StepGroup(prompt_id="b", num_tokens=(4, 4), num_loss_tokens=6, rewards=(math.nan, 0.5), staleness=2),
 )
 UPDATES = (
-    UpdateReport(0.5, 2.0, 1e-3, False, 10, 1, {"entropy": 1.0}),
-    UpdateReport(0.1, math.inf, 2e-3, True, 30, 2, {"entropy": 2.0}),
+    UpdateReport(0.5, 2.0, 1e-3, False, 10, 1, {"entropy_loss": 1.0}),
+    UpdateReport(0.1, math.inf, 2e-3, True, 30, 2, {"entropy_loss": 2.0}),
 )
 
 
@@ -46,15 +47,26 @@ def metrics() -> dict[str, float | None]:
 
 def test_step_metrics() -> None:
     got = metrics()
-    assert got["loss"] == pytest.approx(0.3)
-    assert got["reward_mean"] == pytest.approx(0.5)
-    assert got["entropy"] == pytest.approx(1.75)
-    assert got["grad_norm"] is None
-    assert got["lr"] == 2e-3
-    assert (got["tokens"], got["sample_tokens"], got["tokens_per_s"]) == (40, 20, 5.0)
-    assert (got["staleness_mean"], got["staleness_max"]) == (1.0, 2)
-    assert (got["skipped_updates"], got["micro_batches"], got["dropped_groups"]) == (1, 3, 1)
-    assert (got["samples"], got["groups"], got["replayed"]) == (4, 2, 1.0)
+    assert got["train/loss"] == pytest.approx(0.3)
+    assert got["rollout/raw_reward"] == pytest.approx(0.5)
+    assert (got["rollout/response_lengths"], got["rollout/total_lengths"]) == (3.5, 5.0)
+    assert got["train/entropy_loss"] == pytest.approx(1.75)
+    assert got["train/grad_norm"] is None
+    assert got["train/lr-pg_0"] == 2e-3
+    assert (got["perf/train_wait_time"], got["perf/wait_time_ratio"], got["perf/step_time"]) == (1, 0.25, 4)
+    assert (got["perf/actor_train_tok_per_s"], got["milepost/step_tokens_per_s"]) == (10.0, 5.0)
+
+    def own(*names: str) -> tuple[float | None, ...]:
+        return tuple(got[f"milepost/step_{name}"] for name in names)
+
+    assert own("tokens", "sample_tokens") == (40, 20)
+    assert own("staleness_mean", "staleness_max") == (1.0, 2)
+    assert own("skipped_updates", "micro_batches", "dropped_groups") == (1, 3, 1)
+    assert own("samples", "groups", "replayed") == (4, 2, 1.0)
+
+
+def test_every_metric_of_a_step_has_its_meaning_written_down() -> None:
+    assert set(metrics()) - {"time"} <= {spec.name for spec in STEP}
 
 
 def test_records_are_appended_and_stay_json(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class FsdpBackend(Backend):
         (loss * self.world.size).backward()
         reports = dict(result.reports)
         if scores.entropy is not None:
-            reports["entropy"] = scores.entropy
+            reports["entropy_loss"] = scores.entropy
         return _summarise(loss.detach(), batch, reports)
 
     def step(self) -> StepResult:

@@ -79,22 +79,27 @@ class Grpo(Objective):
         importance: torch.Tensor | None = None
         if self.truncate_at > 0:
             proximal = batch.proximal_logprobs if batch.proximal_logprobs is not None else current.detach()
-            importance = (proximal - old).exp().clamp(max=self.truncate_at)
+            importance = (proximal - old).exp()
             old = proximal
         ratio = (current - old).exp()
         plain = ratio * batch.advantages
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * batch.advantages
         loss = -torch.minimum(plain, clipped)
         if importance is not None:
-            loss = loss * importance
+            loss = loss * importance.clamp(max=self.truncate_at)
         reports = {
-            "clip_fraction": (clipped < plain).float(),
+            "pg_loss": loss,
+            "pg_clipfrac": (clipped < plain).float(),
+            "ppo_kl": old - current,
+            "ois": ratio,
             "train_rollout_logprob_abs_diff": (current - batch.old_logprobs).abs(),
-            "ratio": ratio,
         }
+        if importance is not None:
+            reports["tis"] = importance
+            reports["tis_clipfrac"] = (importance > self.truncate_at).float()
         if self.kl_coef > 0:
             assert batch.reference_logprobs is not None, "the backend fills this in when needs_reference"
             kl = estimate_kl(current, batch.reference_logprobs, estimator=self.kl_estimator)
             loss = loss + self.kl_coef * kl
-            reports["kl"] = kl
+            reports["kl_loss"] = kl
         return TokenLoss(loss, {name: value.detach() for name, value in reports.items()})
