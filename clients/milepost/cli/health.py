@@ -57,8 +57,16 @@ async def health(options: argparse.Namespace) -> int:
     return 0
 
 
-async def check(address: str, *, service: str = "", timeout_s: float = 3.0) -> None:
+async def check(
+    address: str, *, service: str = "", timeout_s: float = 3.0, wait_for_ready: bool = False
+) -> None:
     """Asks a gRPC server for its health.
+
+    Args:
+      address: of the server.
+      service: one of its services; empty: all.
+      timeout_s: deadline of the answer.
+      wait_for_ready: connect again until then where nobody listens yet, or a busy machine is slow to.
 
     Raises:
       Unavailable: nobody answers, or the answer is not SERVING.
@@ -72,7 +80,7 @@ async def check(address: str, *, service: str = "", timeout_s: float = 3.0) -> N
     async with open_channel(address) as channel:
         call: Any = channel.unary_unary(CHECK, request_serializer=None, response_deserializer=None)
         try:
-            reply: bytes = await call(request, timeout=timeout_s)
+            reply: bytes = await call(request, timeout=timeout_s, wait_for_ready=wait_for_ready)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
     if reply != SERVING:

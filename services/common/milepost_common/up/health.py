@@ -23,6 +23,6 @@ async def ask_health(addresses: Mapping[str, str], *, timeout_s: float) -> None:
       MilepostError: nobody answers, late, or not well.
     """
     if "grpc" in addresses:
-        await check(addresses["grpc"], timeout_s=timeout_s)
+        await check(addresses["grpc"], timeout_s=timeout_s, wait_for_ready=True)
     else:
         await asyncio.to_thread(check_url, f"http://{addresses['http']}/health", timeout_s=timeout_s)
