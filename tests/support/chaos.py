@@ -23,8 +23,10 @@ from typing import Any
 import psutil
 import pytest
 
+from bystander import Bystander
 from milepost import BufferClient, RouterClient
 from milepost.channel import NO_RETRY
+from milepost.cli.health import check
 from milepost.errors import MilepostError
 from milepost.types import EngineState, PromptState, RunStats
 from stack import MILEPOST, Stack, until
@@ -48,7 +50,7 @@ def even_digits(sample):
 class Deadlines:
     """The waits that a fault may cost, as the configuration of the stack sets them."""
 
-    liveness_s: float = 6.0
+    liveness_s: float = 4.5
     redis_liveness_s: float = 4.0
     ready_s: float = 45.0
     lease_ttl_s: float = 3.0
@@ -119,6 +121,7 @@ class Siege:
     model: Path
     feeder: subprocess.Popen[bytes] | None = None
     doubles: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
+    bystander: Bystander | None = None
     broken: str = ""
     took_s: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -134,6 +137,8 @@ class Siege:
             asyncio.run(stack.ready("buffer"))
             siege._feed(prompts)
             asyncio.run(siege._trains())
+            siege.bystander = Bystander(stack.address("router", "http"))
+            siege.bystander.start()
         except BaseException:
             siege.end()
             raise
@@ -181,12 +186,8 @@ class Siege:
             return await until("counts", lambda: self.stack.stats(buffer), within_s=self.deadlines.ready_s)
 
     async def ask(self, victim: str) -> None:
-        """One call to the buffer or the router, with its deadline."""
-        if victim == "router":
-            await self.fleet()
-            return
-        async with self.client() as buffer:
-            await buffer.get_stats(self.stack.run_id)
+        """Asks a service whether it is well, until the deadline of a call."""
+        await check(self.stack.address(victim), timeout_s=self.deadlines.call_s, wait_for_ready=True)
 
     async def rolling(self) -> dict[str, int]:
         """Attempt of every prompt that is leased."""
@@ -230,15 +231,22 @@ class Siege:
             return self.send(victim, number)
 
     @asynccontextmanager
-    async def held_transaction(self, engine: str = HELD_ENGINE) -> AsyncIterator[None]:
-        """Holds a weight transaction open, by one of its engines, for as long as the block takes."""
+    async def held_transaction(
+        self, engine: str = HELD_ENGINE, *, awake_after: bool = True
+    ) -> AsyncIterator[None]:
+        """Holds a weight transaction open, by one of its engines, for as long as the block takes.
+
+        Args:
+          engine: is suspended.
+          awake_after: wake it at the end.
+        """
         limit_s = self.deadlines.recovery_s("router", signal.SIGSTOP)
         held = await until("an open transaction", lambda: self._hold(engine), within_s=limit_s)
         try:
             yield
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(held, signal.SIGCONT)
+                os.kill(held, signal.SIGCONT if awake_after else signal.SIGSTOP)
 
     async def _hold(self, engine: str) -> int | None:
         """Suspends an engine that is being updated; its process id, if the update is still open then."""
@@ -277,6 +285,18 @@ class Siege:
         return process
 
     # ------------------------------------------------------------------ recovering
+
+    async def replaced(self, victim: str, pid: int, *, within_s: float) -> None:
+        """Waits until another process than `pid` does the victim's work."""
+
+        async def is_another() -> bool:
+            with contextlib.suppress(KeyError, psutil.NoSuchProcess):
+                service = self.stack.service("buffer" if victim == "redis" else victim)
+                return self.pid(victim) != pid and service["state"] == "ready"
+            return False
+
+        with self.breaks(f"{victim} was not brought back"):
+            await until(f"{victim} is brought back", is_another, within_s=within_s)
 
     async def goes_on(
         self, what: str, *, within_s: float, steps: int = 2, without: Collection[str] = ()
@@ -334,6 +354,8 @@ class Siege:
     async def finish(self) -> None:
         """Ends the source and waits until every accepted prompt is accounted for."""
         assert self.feeder
+        assert self.bystander
+        self.bystander.end()
         self.feeder.terminate()
         self.feeder.wait(self.deadlines.call_s * 10)
 
@@ -348,6 +370,8 @@ class Siege:
 
     def end(self) -> None:
         """Ends everything, whatever state it is in."""
+        if self.bystander is not None:
+            self.bystander.end()
         for process in (self.feeder, *self.doubles):
             if process is not None and process.poll() is None:
                 process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bystander import DEADLINE_S, SLACK_S
 from chaos import Siege
 from milepost.client.weights import WeightClient
 from milepost.convert import open_group
@@ -31,6 +32,17 @@ async def judge_audit(siege: Siege) -> None:
     assert "lost 0, twice 0" in report
     assert "the audit closes" in report
     assert siege.defects() == []
+
+
+def judge_deadlines(siege: Siege) -> None:
+    """Whoever asked the router was answered by the deadline, or found nobody there."""
+    assert siege.bystander
+    asked = siege.bystander.asked
+    answered = [a for a in asked if a.status]
+    assert sum(a.status == 200 for a in answered) > len(asked) / 4
+    assert {a.status for a in answered} <= {200, 502, 503, 504}
+    late = [a for a in answered if a.took_s > DEADLINE_S + SLACK_S]
+    assert not late, f"{len(late)} of {len(asked)} requests were answered late: {late[:5]}"
 
 
 async def judge_weights(siege: Siege) -> None:

@@ -9,6 +9,7 @@ checks is part of it. A span whose label is wrong, or whose weights were a mixtu
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ class Forward:
     def weights(self, label: int) -> Weights:
         """Of the checkpoint of that step."""
         state = {"model": {name: torch.empty_like(x) for name, x in self._named.items()}}
-        state_dict_loader.load(state, checkpoint_id=self._folder(label) / "state", no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            state_dict_loader.load(state, checkpoint_id=self._folder(label) / "state", no_dist=True)
         return state["model"]
 
     def mixture(self, label: int) -> Weights:

@@ -34,8 +34,11 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def siege(tmp_path_factory: pytest.TempPathFactory, deep_model: Path, prompts: Path) -> Iterator[Siege]:
-    """One stack for all rows of a module, with weights by gloo."""
-    siege = Siege.start(tmp_path_factory.mktemp("siege") / "rows", deep_model, prompts, transport="gloo")
+def siege(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, deep_model: Path, prompts: Path
+) -> Iterator[Siege]:
+    """One stack for all tests of a module, with weights by the module's `TRANSPORT`."""
+    transport: str = request.module.TRANSPORT
+    siege = Siege.start(tmp_path_factory.mktemp("siege") / "rows", deep_model, prompts, transport=transport)
     yield siege
     siege.end()
