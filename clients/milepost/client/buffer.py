@@ -247,10 +247,12 @@ class BufferClient(ServiceClient):
         reply = await self._call(self._stub.GetStats, pb.GetStatsRequest(run_id=run_id))
         return tuple(from_proto(t.RunStats, r) for r in reply.runs)
 
-    async def audit_ledger(self, run_id: str, *, witnesses: Sequence[t.Witness] = ()) -> t.AuditReport:
-        """Audits the ledger by itself and against outside witnesses."""
+    async def audit_ledger(
+        self, run_id: str, *, witnesses: Sequence[t.Witness] = (), timeout_s: float = 600.0
+    ) -> t.AuditReport:
+        """Audits the ledger by itself and against outside witnesses; about a minute for a million prompts."""
         request = pb.AuditLedgerRequest(run_id=run_id)
         for witness in witnesses:
             fill(request.witnesses.add(), witness)
-        reply = await self._call(self._stub.AuditLedger, request, timeout_s=60.0)
+        reply = await self._call(self._stub.AuditLedger, request, timeout_s=timeout_s)
         return from_proto(t.AuditReport, reply)

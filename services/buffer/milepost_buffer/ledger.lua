@@ -33,6 +33,8 @@
 --   P reservations     hash    <term>:<step>:<attempt> -> version, of the newest term
 --   P router           hash    id, term, expiry (ms) of the router's lease
 --   P log              list    JSON audit log of configuration changes
+--   P audit            hash    the audit under way: token, at (ms), what it has counted so far by counter; `audit` of the
+--                              run is the seq up to which it has visited rows
 --   P wake             channel letters of what changed: p may start rolling, s a step may fill, c credits, v versions
 --
 -- ROW: state, att (attempt), dig (digest of the prompt), seq, src, inst (lease holder), llab (label at lease), fail
@@ -51,6 +53,7 @@ local POISON_RESUMES = 3
 local REAP_LIMIT = 512
 local TRIM_LIMIT = 4096
 local REPLY_BYTES = 8 * 1024 * 1024
+local AUDIT_IDLE_MS = 10000  -- an audit that has not gone on for so long is given up
 
 local P = string.sub(KEYS[1], 1, -4)
 local call = redis.call
@@ -113,10 +116,22 @@ local function read(id)
   return row
 end
 
+local function counter_of(state, why) return state == DROPPED and 'dropped:' .. why or COUNTER[state] end
+
+-- Takes a row out of what the audit under way has counted (-1), or puts it in (1).
+local function recount(row, sign)
+  call('HINCRBY', P .. 'audit', counter_of(row.state, row.why), sign)
+  if row.bytes > 0 then call('HINCRBY', P .. 'audit', 'payload_bytes', key_of(sign * row.bytes)) end
+end
+
+-- Every change of a row but its creation. An audit goes row by row, in many calls: what it has counted follows here.
 local function write(row, changes)
+  local counted = run.audit and row.seq <= num('audit')
+  if counted then recount(row, -1) end
   local flat = {}
   for f, v in pairs(changes) do row[f] = v; flat[#flat + 1] = f; flat[#flat + 1] = v end
   call('HSET', P .. 'p:' .. row.id, unpack(flat))
+  if counted then recount(row, 1) end
 end
 
 local function erase(row, ...)
@@ -982,19 +997,22 @@ function C.rows()
   return {'', out}
 end
 
-local AUDIT_FIELDS = {'state', 'why', 'step', 'bytes', 'age', 'bound', 'sseq'}
+local AUDIT_FIELDS = {'state', 'why', 'step', 'bytes', 'age', 'bound', 'sseq', 'pos'}
 local problems
 
 local function problem(text) if #problems < 100 then problems[#problems + 1] = text end end
 
+-- Looks at one row, and at the indices that should hold it.
 local function audit_row(id, tally)
   local v = call('HMGET', P .. 'p:' .. id, unpack(AUDIT_FIELDS))
   if not v[1] then tally.lost = tally.lost + 1; return problem('prompt ' .. id .. ' was accepted and has no row') end
   local state, bytes = tonumber(v[1]), tonumber(v[4] or 0)
-  tally[state] = tally[state] + 1
-  tally.bytes = tally.bytes + bytes
-  if v[3] then tally.stepped = tally.stepped + 1 end
-  if state == DROPPED then tally.why[v[2]] = (tally.why[v[2]] or 0) + 1 end
+  local counter = counter_of(state, tonumber(v[2] or 0))
+  tally.counts[counter] = (tally.counts[counter] or 0) + 1
+  tally.counts.payload_bytes = (tally.counts.payload_bytes or 0) + bytes
+  if v[3] and call('LINDEX', P .. 'ids:' .. v[3], v[8] or -1) ~= id then
+    problem(id .. ' says that it stands at step ' .. v[3] .. ', the step says otherwise')
+  end
   if state == WAITING and not call('ZSCORE', P .. 'waiting', id) then problem(id .. ' is WAITING and not in the queue') end
   if state == ROLLING and not call('ZSCORE', P .. 'rolling', id) then problem(id .. ' is ROLLING without an expiry') end
   if state == READY and not call('ZSCORE', P .. 'ready', string.format('%016.0f', v[7]) .. ':' .. id) then
@@ -1009,52 +1027,105 @@ local function audit_row(id, tally)
   end
 end
 
-local function audit_steps(tally)
-  local listed = 0
-  for step = 1, num('leased') do
-    local ids = step_ids(step)
-    listed = listed + #ids
-    if #ids ~= step_size(step) then problem('step ' .. step .. ' has ' .. #ids .. ' groups, leased with ' .. step_size(step)) end
-    if #ids == 0 and step <= num('committed') then problem('step ' .. step .. ' is committed and empty') end
-    for k, id in ipairs(ids) do
-      local row = read(id)
-      if not row or row.step ~= step or row.pos ~= k - 1 then
-        if row and row.state == TRAINED and step <= num('committed') then tally.twice = tally.twice + 1 end
-        problem(id .. ' stands at step ' .. step .. ' position ' .. (k - 1) .. ', its row says otherwise')
-      elseif step <= num('committed') and row.state ~= TRAINED and row.state ~= DROPPED then
-        problem(id .. ' of committed step ' .. step .. ' is not TRAINED')
-      elseif step > num('committed') and row.state ~= ASSIGNED then
-        problem(id .. ' of leased step ' .. step .. ' is not ASSIGNED')
-      end
-    end
-  end
-  if listed ~= tally.stepped then problem(tally.stepped .. ' prompts say they have a step, steps list ' .. listed) end
-end
-
--- audit() -> accepted, trained, in flight, lost, twice, beyond bound, max staleness, {why, count, ...}, problems
-function C.audit()
-  problems = {}
-  local tally = {0, 0, 0, 0, 0, 0, why = {}, lost = 0, twice = 0, beyond = 0, max_age = 0, bytes = 0, stepped = 0}
-  local n, known = call('ZCARD', P .. 'index'), 0
-  for from = 0, n - 1, 1000 do
-    for _, id in ipairs(call('ZRANGE', P .. 'index', from, from + 999)) do audit_row(id, tally); known = known + 1 end
-  end
+-- What was counted row by row against the counters, once every row was visited.
+local function audit_sums()
+  local flat, counted = call('HGETALL', P .. 'audit'), {}
+  for i = 1, #flat, 2 do counted[flat[i]] = tonumber(flat[i + 1]) end
+  local known = call('ZCARD', P .. 'index')
   if num('accepted') ~= known then problem('accepted ' .. num('accepted') .. ', indexed ' .. known) end
-  for state, name in ipairs(COUNTER) do
-    if tally[state] ~= num(name) then problem(name .. ' counts ' .. num(name) .. ', rows say ' .. tally[state]) end
+  local names, live = {'payload_bytes'}, {}
+  for _, name in ipairs(COUNTER) do names[#names + 1] = name end
+  for name in pairs(counted) do if string.sub(name, 1, 8) == 'dropped:' then names[#names + 1] = name end end
+  for name in pairs(run) do
+    if string.sub(name, 1, 8) == 'dropped:' and not counted[name] then names[#names + 1] = name end
+  end
+  for _, name in ipairs(names) do
+    if num(name) ~= (counted[name] or 0) then
+      problem(name .. ' counts ' .. num(name) .. ', rows say ' .. (counted[name] or 0))
+    end
+    if string.sub(name, 1, 8) == 'dropped:' and num(name) > 0 then
+      live[#live + 1] = tonumber(string.sub(name, 9)); live[#live + 1] = num(name)
+    end
   end
   for _, name in ipairs({'waiting', 'rolling', 'ready'}) do
     if call('ZCARD', P .. name) ~= num(name) then problem('queue ' .. name .. ' does not hold its count') end
   end
-  if tally.bytes ~= num('payload_bytes') then problem('payload bytes ' .. num('payload_bytes') .. ', rows say ' .. tally.bytes) end
-  local why = {}
-  for reason, count in pairs(tally.why) do
-    why[#why + 1] = tonumber(reason); why[#why + 1] = count
-    if num('dropped:' .. reason) ~= count then problem('dropped for reason ' .. reason .. ' counts ' .. num('dropped:' .. reason)) end
+  return live
+end
+
+local function end_audit()
+  call('DEL', P .. 'audit')
+  call('HDEL', KEYS[1], 'audit')
+  run.audit, dirty.audit = nil, nil
+end
+
+-- audit_rows(token, begins, limit) -> done, lost, beyond bound, max staleness, problems, and once it is done:
+--   accepted, trained, in flight, {why, count, ...}
+-- Visits the next rows in the order of their acceptance. Between two calls anything may happen: `write` keeps what was
+-- counted true, so that the sums of the last call are those of one instant.
+function C.audit_rows()
+  local token, begins, limit = ARGV[3], ARGV[4] == '1', tonumber(ARGV[5])
+  local held = call('HMGET', P .. 'audit', 'token', 'at')
+  if begins then
+    if held[1] and now() - tonumber(held[2]) < AUDIT_IDLE_MS then return fail('AUDIT_RUNS') end
+    end_audit()
+    call('HSET', P .. 'audit', 'token', token)
+    set('audit', 0)
+  elseif held[1] ~= token then
+    return fail('AUDIT_REPLACED')
   end
-  audit_steps(tally)
-  return {'', num('accepted'), tally[TRAINED], tally[1] + tally[2] + tally[3] + tally[4], tally.lost, tally.twice, tally.beyond,
-          tally.max_age, why, problems, num('committed'), num('next_version')}
+  call('HSET', P .. 'audit', 'at', key_of(now()))
+  problems = {}
+  local tally = {counts = {}, lost = 0, beyond = 0, max_age = 0}
+  local found = call('ZRANGEBYSCORE', P .. 'index', '(' .. key_of(num('audit')), '+inf', 'WITHSCORES', 'LIMIT', 0, limit)
+  for i = 1, #found, 2 do audit_row(found[i], tally) end
+  if #found > 0 then set('audit', key_of(tonumber(found[#found]))) end
+  for name, n in pairs(tally.counts) do call('HINCRBY', P .. 'audit', name, key_of(n)) end
+  if #found == 2 * limit then return {'', 0, tally.lost, tally.beyond, tally.max_age, problems} end
+  local why = audit_sums()
+  end_audit()
+  return {'', 1, tally.lost, tally.beyond, tally.max_age, problems, num('accepted'), num('trained'),
+          num('waiting') + num('rolling') + num('ready') + num('assigned'), why}
+end
+
+-- audit_end(token): gives an audit up.
+function C.audit_end()
+  if call('HGET', P .. 'audit', 'token') == ARGV[3] then end_audit() end
+  return {''}
+end
+
+-- One place of a step's list against the row that stands there; true for a row that is trained in another place.
+local function audit_place(id, step, pos)
+  local v = call('HMGET', P .. 'p:' .. id, 'state', 'step', 'pos')
+  local state, committed = tonumber(v[1] or 0), step <= num('committed')
+  if tonumber(v[2] or 0) ~= step or tonumber(v[3] or -1) ~= pos then
+    problem(id .. ' stands at step ' .. step .. ' position ' .. pos .. ', its row says otherwise')
+    return state == TRAINED and committed
+  elseif committed and state ~= TRAINED and state ~= DROPPED then
+    problem(id .. ' of committed step ' .. step .. ' is not TRAINED')
+  elseif not committed and state ~= ASSIGNED then
+    problem(id .. ' of leased step ' .. step .. ' is not ASSIGNED')
+  end
+end
+
+-- audit_steps(step, pos, limit) -> the step and the position to go on from (0: all were visited), twice, problems,
+--   committed, next version
+function C.audit_steps()
+  local step, pos, left, twice = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), 0
+  problems = {}
+  while left > 0 and step <= num('leased') do
+    local key = P .. 'ids:' .. key_of(step)
+    local n = call('LLEN', key)
+    if pos == 0 and n ~= step_size(step) then
+      problem('step ' .. step .. ' has ' .. n .. ' groups, leased with ' .. step_size(step))
+    end
+    if n == 0 and step <= num('committed') then problem('step ' .. step .. ' is committed and empty') end
+    local ids = call('LRANGE', key, pos, pos + left - 1)
+    for k, id in ipairs(ids) do if audit_place(id, step, pos + k - 1) then twice = twice + 1 end end
+    pos, left = pos + #ids, left - math.max(1, #ids)
+    if pos >= n then step, pos = step + 1, 0 end
+  end
+  return {'', step <= num('leased') and step or 0, pos, twice, problems, num('committed'), num('next_version')}
 end
 
 -- ------------------------------------------------------------------------------------------------ dispatch

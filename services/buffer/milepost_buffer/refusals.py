@@ -131,6 +131,11 @@ _TABLE: Mapping[str, tuple[type[e.MilepostError], str]] = {
         e.FailedPrecondition,
         "router_id: {holder} holds the lease for another {for_ms} ms; wait, or stop it",
     ),
+    "AUDIT_RUNS": (e.Unavailable, "run_id = {run_id}: another audit of it is under way; ask again"),
+    "AUDIT_REPLACED": (
+        e.Unavailable,
+        "run_id = {run_id}: another audit has begun, for this one stood still for long; ask again",
+    ),
     "FINISHED": (
         e.OutOfRange,
         "step = {step}: all sources are closed and everything is trained or dropped; the run is finished",

@@ -372,3 +372,48 @@ async def test_the_audit_sees_damage(bench) -> None:
     assert report.twice == 1
     assert any("payload" in p for p in report.problems)
     assert any("leased with" in p for p in report.problems)
+
+
+async def test_an_audit_goes_in_pages_while_the_run_goes_on(bench, monkeypatch) -> None:
+    monkeypatch.setattr("milepost_buffer.accounts.AUDIT_PAGE", 1)
+    calls: list[str] = []
+    store = bench.ledger.store
+    plain = store.call
+
+    async def call(run_id, command, *args):
+        reply = await plain(run_id, command, *args)
+        calls.append(command)
+        if command == "audit_rows" and calls.count(command) in (1, 3, 5):
+            monkeypatch.setattr(store, "call", plain)
+            await bench.train_step(2 + calls.count(command) // 2)
+            monkeypatch.setattr(store, "call", call)
+        return reply
+
+    await bench.train_step(1)
+    monkeypatch.setattr(store, "call", call)
+    report = await bench.audit()
+    assert (report.accepted, report.trained, report.in_flight) == (8, 8, 0)
+    assert calls.count("audit_rows") == 9  # one row each, and the sums
+    assert calls.count("audit_steps") == 8
+    raw = await bench.ledger.link.client.hexists(f"{prefix_of(bench.run_id)}run", "audit")
+    assert not raw
+
+
+async def test_one_audit_at_a_time_and_one_that_died_holds_nobody(bench) -> None:
+    await bench.train_step(1)
+    store = bench.ledger.store
+    await store.call(bench.run_id, "audit_rows", "dead", 1, 1)
+    with pytest.raises(errors.Unavailable, match="another audit of it is under way; ask again"):
+        await bench.audit()
+    bench.clock.advance(11.0)
+    await bench.audit()
+    with pytest.raises(errors.Unavailable, match="another audit has begun"):
+        await store.call(bench.run_id, "audit_rows", "dead", 0, 1)
+
+
+@pytest.mark.parametrize("counter", ["trained", "dropped:6", "payload_bytes"])
+async def test_the_audit_sees_a_sum_that_is_off(bench, counter) -> None:
+    await bench.train_step(1)
+    await bench.ledger.link.client.hincrby(f"{prefix_of(bench.run_id)}run", counter, 1)
+    report = (await bench.ledger.accounts.own_audit(bench.run_id)).report
+    assert any(counter in p for p in report.problems), report.problems

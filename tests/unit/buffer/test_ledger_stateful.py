@@ -56,6 +56,7 @@ class Machine(RuleBasedStateMachine):
         self.history: dict[int, list[str]] = {}
         self.instances = Counter[str]()
         self.names = 0
+        self.audits = Counter[str]()
 
     def do(self, coroutine):
         return self.runner.run(coroutine)
@@ -66,8 +67,9 @@ class Machine(RuleBasedStateMachine):
         on_stale=st.sampled_from([t.OnStale.REQUEUE, t.OnStale.WAIT, t.OnStale.DROP]),
         stale_attempts=st.integers(0, 2),
         tail=st.sampled_from([t.Tail.TRAIN, t.Tail.DROP]),
+        slow_audit=st.booleans(),
     )
-    def start(self, size, staleness, on_stale, stale_attempts, tail) -> None:
+    def start(self, size, staleness, on_stale, stale_attempts, tail, slow_audit) -> None:
         config = t.RunConfig(
             groups_per_step=size,
             samples_per_prompt=1,
@@ -81,6 +83,7 @@ class Machine(RuleBasedStateMachine):
             max_payload_bytes=20_000,
         )
         self.model = Model(config)
+        self.slow_audit = slow_audit
         opened = open_ledger(self.redis_url, clock=lambda: self.model.now)
         self.ledger = self.do(self.stack.enter_async_context(opened))
         self.run_id = f"s{os.getpid()}-{os.urandom(6).hex()}"
@@ -359,9 +362,26 @@ class Machine(RuleBasedStateMachine):
         assert (stats.committed_step, stats.trimmed_step) == (m.committed, m.trimmed)
         assert stats.leased_step == max(m.steps, default=0)
         assert (stats.weight_version, stats.weight_label, stats.term) == (m.newest, m.label, m.term)
+        if self.slow_audit:
+            self.audit_goes_on()
+            return
         report = self.do(self.ledger.accounts.own_audit(self.run_id)).report
         assert report.closes, report.problems
         assert report.beyond_bound == 0
+
+    def audit_goes_on(self) -> None:
+        """One row a move, with moves in between: the sums of the last call are those of its instant."""
+        begins = self.audits["begun"] == self.audits["done"]
+        self.audits["begun"] += begins
+        token = f"audit {self.audits['begun']}"
+        reply = self.do(self.ledger.store.call(self.run_id, "audit_rows", token, int(begins), 1))
+        done, lost, beyond, _, problems, *sums = reply
+        assert (lost, beyond, problems) == (0, 0, [])
+        if done:
+            states = Counter(r.state for r in self.model.rows.values())
+            assert sums[0] == len(self.model.rows)
+            assert sums[1] == states[TRAINED]
+            self.audits["done"] += 1
 
     def finish(self) -> None:
         """Fair moves alone must bring the run to its end."""
@@ -394,6 +414,8 @@ class Machine(RuleBasedStateMachine):
         try:
             if hasattr(self, "ledger"):
                 self.finish()
+                self.do(self.ledger.store.call(self.run_id, "audit_end", f"audit {self.audits['begun']}"))
+                self.slow_audit = False
                 self.the_books_agree()
         finally:
             self.runner.run(self.stack.aclose())
