@@ -38,6 +38,6 @@ USER milepost
 WORKDIR /runs
 EXPOSE 30000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 CMD ["milepost", "health", "http://127.0.0.1:30000/health"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 CMD ["milepost", "health", "http://127.0.0.1:30000/health"]
 ENTRYPOINT ["milepost"]
 CMD ["engine", "serve"]

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from compose_project import BUILD_S, FOLDER, Compose, free_ports, gateway, remove, variables
+from compose_project import BUILD_S, FOLDER, Compose, gateway, remove, variables
 
 IMAGES = ("buffer", "router", "rollout", "engine-1", "trainer")
 NAME = f"milepost-test-{os.getpid()}"
@@ -41,7 +41,7 @@ async def project(images: None) -> AsyncIterator[Compose]:
 async def hosts(images: None) -> AsyncIterator[tuple[Compose, Compose]]:
     """rollout.yaml and trainer.yaml, not up yet: two networks, joined by ports on Docker's bridge."""
     here = await gateway()
-    both = variables(steps=60) | free_ports() | {"BIND": here, "TRAINER_HOST": here, "ROLLOUT_HOST": here}
+    both = variables(steps=60) | {"BIND": here, "TRAINER_HOST": here, "ROLLOUT_HOST": here}
     rollout = Compose(name=f"{NAME}-rollout", file=FOLDER / "rollout.yaml", variables=both)
     trainer = Compose(name=f"{NAME}-trainer", file=FOLDER / "trainer.yaml", variables=both)
     try:

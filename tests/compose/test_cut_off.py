@@ -38,7 +38,7 @@ async def test_router_and_engine_are_cut_off_and_the_run_goes_on(project: Compos
     assert ends == dict.fromkeys(ends, 0), "a container did not stop in order"
 
     await project.up()
-    async with project.buffer() as buffer:  # on another port
+    async with project.buffer() as buffer:
         await until_committed(buffer, project.steps)
     assert await project.exited("trainer") == 0
     await assert_audit_closes(project)

@@ -159,14 +159,14 @@ PORTS = ("BUFFER", "ROUTER", "ROUTER_HTTP", "ROLLOUT", "TRAINER", "MIRROR", "WEI
 
 
 def variables(*, steps: int) -> dict[str, str]:
-    """A short run on ports that Docker picks; torch from pip's folder of wheels where there is one."""
+    """A short run on ports of its own; torch from pip's folder of wheels where there is one."""
     short = {"DEMO_PROMPTS": str(steps * GROUPS_PER_STEP), "DEMO_WARM_START_STEPS": "60"}
     torch = {"MILEPOST_TORCH_INDEX": ""} if os.environ.get("PIP_FIND_LINKS") else {}
-    return short | {f"{port}_PORT": "0" for port in PORTS} | torch
+    return short | free_ports() | torch
 
 
 def free_ports() -> dict[str, str]:
-    """Different free ports of this machine, for services that must know one another's beforehand."""
+    """Different free ports of this machine: a container that is started again has the same one again."""
     with ExitStack() as stack:
         sockets = {port: stack.enter_context(socket.socket()) for port in PORTS}
         for taken in sockets.values():
