@@ -108,8 +108,8 @@ class CheckpointSettings(Table):
 class PublishSettings(Table):
     """Publication of weights: `[trainer.publish]`."""
 
-    transport: Literal["gloo", "shm", "disk"] = "gloo"
-    """How the bytes travel."""
+    transport: Literal["gloo", "shm", "cuda_ipc", "disk"] = "gloo"
+    """How the bytes travel: gloo over the network, shm on one host, cuda_ipc on one GPU, disk by a folder."""
     bucket_bytes: int = Field(default=256 * 1024 * 1024, gt=0)
     """Most bytes of one bucket; a larger tensor travels alone."""
     wire_dtype: Literal["", "float32", "bfloat16", "float16"] = ""

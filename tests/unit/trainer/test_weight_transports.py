@@ -15,10 +15,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed import distributed_c10d as c10d
 
-from milepost.errors import Unavailable
-from milepost.types import Prepared
+from milepost.errors import FailedPrecondition, Unavailable
+from milepost.types import Prepared, WeightMember
 from milepost_trainer.buckets import Bucket, plan_buckets, read_bucket
 from milepost_trainer.settings import PublishSettings
+from milepost_trainer.transports import cuda_ipc
 from milepost_trainer.transports.build import build_transport
 from milepost_trainer.transports.disk import DiskTransport
 from milepost_trainer.transports.gloo import GlooTransport
@@ -143,3 +144,21 @@ def test_settings_choose_the_transport(tmp_path: Path) -> None:
     assert disk.single_bucket
     assert isinstance(build_transport(PublishSettings(transport="shm"), run_id="r"), ShmTransport)
     assert build_transport(PublishSettings(), run_id="r").master_port > 0
+
+
+async def test_cuda_ipc_says_what_to_do_about_weights_that_are_on_no_gpu() -> None:
+    transport = build_transport(PublishSettings(transport="cuda_ipc"), run_id="run")
+    await transport.open(Prepared(), timeout_s=1)
+    with pytest.raises(FailedPrecondition, match="weights are on cpu; set trainer.device to cuda"):
+        await transport.stage(BUCKET, FLAT)
+    await transport.close(broken=True)
+
+
+@pytest.mark.parametrize(
+    "uuids, says",
+    [(("GPU-b",), "engine e runs on GPU-b, the trainer's rank 0 on GPU-a"), ((), "GPUs that nobody named")],
+)
+def test_cuda_ipc_wants_trainer_and_engine_on_one_gpu(uuids: tuple[str, ...], says: str) -> None:
+    with pytest.raises(FailedPrecondition, match=says):
+        cuda_ipc._require_here(WeightMember(engine_id="e", gpu_uuids=uuids), "GPU-a")
+    cuda_ipc._require_here(WeightMember(engine_id="e", gpu_uuids=("GPU-a",)), "GPU-a")

@@ -19,6 +19,10 @@ def build_transport(settings: PublishSettings, *, run_id: str) -> WeightTranspor
             from milepost_trainer.transports.shm import ShmTransport
 
             return ShmTransport()
+        case "cuda_ipc":
+            from milepost_trainer.transports.cuda_ipc import CudaIpcTransport
+
+            return CudaIpcTransport()
         case "disk":
             from milepost_trainer.transports.disk import DiskTransport
 
