@@ -4,6 +4,7 @@
 #   make demo     the whole loop on this machine: warm start, asynchronous GRPO, ledger audit (about 4 minutes)
 #   make test     all tests that run on a CPU
 #   make compose-test  the demo's loop in containers, killed in mid-run (needs Docker and Compose v2)
+#   make gpu-test tests that need a GPU and SGLang, which are installed into the environment beforehand
 #   make lint     ruff, import rules, protos (buf, where npm is there)
 #   make types    pyright, strict
 #   make protos   regenerate the stubs
@@ -42,6 +43,12 @@ test: setup
 .PHONY: compose-test
 compose-test: setup
 	MILEPOST_COMPOSE=1 $(BIN)/python -m pytest tests/compose $(PYTEST_ARGS)
+
+# On a GPU machine: GPU_PYTHON names the Python that has torch with CUDA and SGLang.
+GPU_PYTHON ?= python3
+.PHONY: gpu-test
+gpu-test:
+	$(GPU_PYTHON) -m pytest tests/gpu -W default $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -26,33 +26,18 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-CHARACTERS = "0123456789+=abcdefgh \n"
+from tiny_tokenizer import CHARACTERS, make_tokenizer
+
 CONTEXT = 2048
 START_DEADLINE_S = 60.0
 CALL_DEADLINE_S = 30.0
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}={% endif %}"
-)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, plus padding and end of sequence."""
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {c: i for i, c in enumerate(CHARACTERS, start=2)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
 
 
 def make_model(seed: int) -> Qwen3ForCausalLM:

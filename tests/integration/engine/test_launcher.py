@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,13 +19,13 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from launched import Launched, free_port, runs
 from milepost import RouterClient
 from milepost.types import EngineState
 from milepost_router.service import running
 from milepost_router.settings import RouterSettings
 from stack import until
 
-START_S = 60.0
 DRIVER = """
 import sys
 from milepost_common import process
@@ -62,72 +60,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Launched:
-    """A launcher as a child process."""
-
-    def __init__(self, log: Path, *argv: str) -> None:
-        self.log = log
-        with log.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, *argv],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-        self.servers: set[int] = set()
-
-    def ready(self) -> str:
-        """Its readiness line; empty when it ended instead."""
-        deadline = threading.Timer(START_S, self.process.kill)
-        deadline.start()
-        try:
-            assert self.process.stdout is not None
-            return self.process.stdout.readline().strip()
-        finally:
-            deadline.cancel()
-
-    def server(self) -> int:
-        """The process id of the server it launched."""
-        (pid,) = self.children()
-        self.servers.add(pid)
-        return pid
-
-    def children(self) -> list[int]:
-        """What it has launched and not buried."""
-        pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(timeout=10)
-        for pid in self.servers:
-            if _runs(pid):
-                os.kill(pid, signal.SIGKILL)
-        if self.process.stdout:
-            self.process.stdout.close()
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.fixture
 def launch(model: Path, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     started: list[Launched] = []
 
     def start(*flags: str, model: Path = model) -> Launched:
-        port = _free_port()
+        port = free_port()
         launched = Launched(
             tmp_path / f"{len(started)}.log",
             "-c",
@@ -183,7 +121,7 @@ async def test_a_server_that_dies_is_started_again_as_a_new_instance(launch):
         launched.process.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(launched.process.wait, 20) == 0, launched.log.read_text()
         assert (await router.list_engines()).engines == (), "it left the router before it stopped"
-    assert not any(_runs(pid) for pid in launched.servers)
+    assert not any(runs(pid) for pid in launched.servers)
 
 
 async def test_the_server_ends_with_a_launcher_that_is_killed(launch):
@@ -193,7 +131,7 @@ async def test_the_server_ends_with_a_launcher_that_is_killed(launch):
     launched.process.kill()
 
     async def gone() -> bool:
-        return not _runs(server)
+        return not runs(server)
 
     await until("the server is gone", gone, within_s=10)
 

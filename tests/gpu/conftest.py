@@ -1,0 +1,147 @@
+"""SGLang on a GPU, launched as a user launches it; skipped where there is no GPU or no SGLang.
+
+Options of SGLang beside those below come from MILEPOST_SGLANG, a JSON object. Raw output goes to the folder
+that MILEPOST_GPU_OUT names, if any.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from launched import Launched, free_port
+from tiny_tokenizer import CHARACTERS, make_tokenizer
+
+START_S = 300.0
+OPTIONS: dict[str, Any] = {
+    "mem_fraction_static": 0.2,
+    "max_total_tokens": 65536,
+    "max_running_requests": 64,
+    "context_length": 2048,
+    "cuda_graph_max_bs_decode": 16,
+    "grammar_backend": "none",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what this machine cannot run, and says why."""
+    gpus = torch.cuda.device_count()
+    for item in items:
+        for mark in item.iter_markers("gpu"):
+            needed = mark.args[0] if mark.args else 1
+            if gpus < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices; here are {gpus}"))
+            elif importlib.util.find_spec("sglang") is None:
+                item.add_marker(pytest.mark.skip(reason="needs SGLang: pip install sglang==0.5.21"))
+
+
+def sglang_options(**changes: Any) -> dict[str, Any]:
+    """What engines of these tests are launched with."""
+    return OPTIONS | json.loads(os.environ.get("MILEPOST_SGLANG", "{}")) | changes
+
+
+@pytest.fixture(scope="session")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where logs and raw output go."""
+    given = os.environ.get("MILEPOST_GPU_OUT")
+    folder = Path(given) if given else tmp_path_factory.mktemp("gpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 in bfloat16 whose heads are large enough for SGLang's kernels, and its tokenizer."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(CHARACTERS) + 2,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    path = tmp_path_factory.mktemp("model") / "tiny-qwen3"
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def launch_sglang(
+    gpu_model: Path, out: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Launched]]:
+    """Starts SGLang through its launcher; does not wait for it."""
+    started: list[Launched] = []
+    folder = tmp_path_factory.mktemp("launch")
+
+    def start(name: str, *flags: str, **options: Any) -> Launched:
+        config = folder / f"{name}.toml"
+        rows = [f"{key} = {json.dumps(value)}" for key, value in sglang_options(**options).items()]
+        config.write_text("\n".join(["[engine.sglang]", *rows, ""]))
+        argv = ["-m", "milepost_engine", "serve", "--config", str(config), "--backend", "sglang"]
+        argv += ["--model", str(gpu_model), "--served-model-name", "tiny", "--port", free_port(), *flags]
+        launched = Launched(out / f"{name}.log", *argv, start_s=START_S)
+        started.append(launched)
+        return launched
+
+    yield start
+    for each in started:
+        each.end()
+
+
+@pytest.fixture(scope="module")
+def service(out: Path) -> Iterator[Callable[..., Launched]]:
+    """Starts one of our services."""
+    started: list[Launched] = []
+
+    def start(module: str, *flags: str) -> Launched:
+        launched = Launched(out / f"{module}.log", "-m", module, "serve", *flags)
+        started.append(launched)
+        return launched
+
+    yield start
+    for each in started:
+        each.end()
+
+
+@pytest.fixture(scope="module")
+def launch_bare(gpu_model: Path, out: Path) -> Iterator[Callable[..., tuple[Launched, str]]]:
+    """Starts SGLang by itself, as somebody who knows nothing of Milepost does; returns it and its URL."""
+    started: list[Launched] = []
+
+    def start(name: str, **options: Any) -> tuple[Launched, str]:
+        port = free_port()
+        argv = ["-m", "sglang.launch_server", "--model-path", str(gpu_model), "--port", port]
+        for key, value in sglang_options(**options).items():
+            flag = "--" + key.replace("_", "-")
+            argv += [flag] if value is True else [flag, str(value)]
+        launched = Launched(out / f"{name}.log", *argv)
+        started.append(launched)
+        return launched, f"http://127.0.0.1:{port}"
+
+    yield start
+    for each in started:
+        each.process.terminate()
+        each.end()
+
+
+@pytest.fixture(scope="session")
+def nvidia_smi() -> str:
+    """The driver's tool, where it is."""
+    return shutil.which("nvidia-smi") or pytest.skip("nvidia-smi is not here")

@@ -1,0 +1,45 @@
+"""The engine conformance suite against SGLang, as it is launched by default and drawing by seed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITE_S = 280.0
+DETERMINISTIC: dict[str, Any] = {"enable_deterministic_inference": True}
+
+
+@pytest.mark.gpu(1)
+@pytest.mark.timeout(620)
+@pytest.mark.parametrize("name, options", [("default", {}), ("deterministic", DETERMINISTIC)])
+def test_sglang_conforms(launch_sglang, gpu_model, out, name, options):
+    launched = launch_sglang(f"conformance-{name}", **options)
+    line = launched.ready()
+    assert line.startswith("engine ready "), launched.log.read_text()[-5000:]
+    suite = run_suite(line.split()[2], gpu_model, out / f"conformance-{name}.txt")
+    assert suite.returncode == 0, suite.stdout[-8000:]
+    assert " passed" in suite.stdout
+
+
+def run_suite(url: str, model: Path, report: Path) -> subprocess.CompletedProcess[str]:
+    """The suite as its own run of pytest; its output is kept."""
+    command = [sys.executable, "-m", "pytest", "tests/contract", "-rs", "-v", "--tb=short", "-W", "default"]
+    environ = {**os.environ, "MILEPOST_ENGINE_URL": url, "MILEPOST_ENGINE_MODEL": str(model)}
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--timeout", "60", "--no-header", "--color=no"],
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SUITE_S,
+        check=False,
+    )
+    report.write_text(done.stdout)
+    return done
