@@ -15,8 +15,11 @@ from typing import Any
 
 import uvicorn
 
+from milepost.errors import MilepostError
+from milepost_common.metrics.export import serving
 from milepost_engine.app import create_app
 from milepost_engine.engine import Engine, build
+from milepost_engine.metrics import SchedulerView
 from milepost_engine.registration import Registrar, describe
 from milepost_engine.runner import UnsupportedModel
 from milepost_engine.settings import EngineSettings
@@ -32,6 +35,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._settings, self._engine = settings, engine
         self.registrar: Registrar | None = None
+        self.metrics = ""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -54,7 +58,8 @@ class _Server(uvicorn.Server):
         port = self.servers[0].sockets[0].getsockname()[1]
         settings = self._settings
         url = f"http://{settings.host}:{port}"
-        print(f"engine ready {url} model={settings.name} dialect={settings.dialect}", flush=True)
+        metrics = f" metrics={self.metrics}" if self.metrics else ""
+        print(f"engine ready {url} model={settings.name} dialect={settings.dialect}{metrics}", flush=True)
         if settings.router:
             known_as = describe(settings, url=url, context_length=self._engine.limits.context_length)
             self.registrar = Registrar(settings.router, engine=known_as, admin_api_key=settings.admin_api_key)
@@ -78,12 +83,25 @@ async def serve(settings: EngineSettings, stop: asyncio.Event) -> int:
     server = _server(engine, settings)
     stopper = asyncio.create_task(_stop_when_asked(stop, engine, server))
     try:
-        await server.serve()
+        async with _metered(engine, settings) as server.metrics:
+            await server.serve()
+    except MilepostError as error:
+        print(f"milepost: engine: {error}", file=sys.stderr, flush=True)
+        return 2
     finally:
         stopper.cancel()
     if failed.is_set():
         return 1
     return 0 if server.started else 2
+
+
+def _metered(engine: Engine, settings: EngineSettings) -> contextlib.AbstractAsyncContextManager[str]:
+    """Serves the engine's metrics until the block ends, which gets their address."""
+    max_tokens = settings.max_running_requests * engine.limits.context_length
+    view = SchedulerView(engine.scheduler, model=settings.name, max_tokens=max_tokens)
+    return serving(
+        "engine", view.instruments, listen=settings.metrics_listen, telemetry=settings.telemetry
+    )
 
 
 def _server(engine: Engine, settings: EngineSettings) -> _Server:

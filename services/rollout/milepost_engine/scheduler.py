@@ -43,6 +43,10 @@ _IDLE_WAKE_S = 1.0
 _PREFILL_DELAY_STEPS = 3
 
 
+def _ignore(seconds: float) -> None:
+    """Nobody wants to know how long requests take."""
+
+
 class Scheduler:
     """Continuous batching over one model.
 
@@ -74,7 +78,9 @@ class Scheduler:
         self.paused = False
         self.holds: set[str] = set()  # memory tags that are released or not yet filled: nothing may run
         self.weight_version = weight_version
-        self.tokens_generated = 0
+        self.tokens_generated = self.prompt_tokens = self.cached_tokens = 0
+        self.num_ended = self.num_aborted = 0
+        self.on_ended: Callable[[float], None] = _ignore
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
         self._notify = notify
@@ -365,6 +371,14 @@ class Scheduler:
         if generation.finish is None:
             generation.close(reason, version=self.weight_version)
             self._advanced.append(generation)
+            self._count(generation, reason)
+
+    def _count(self, generation: Generation, reason: FinishReason) -> None:
+        self.num_ended += 1
+        self.num_aborted += reason.kind == "abort"
+        self.prompt_tokens += len(generation.prompt_ids)
+        self.cached_tokens += generation.cached_tokens
+        self.on_ended(generation.finished_s - generation.created_s)
 
     def _drop(self, rows: list[int]) -> None:
         if not rows:

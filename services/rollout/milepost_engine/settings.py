@@ -43,6 +43,9 @@ class EngineSettings(ServiceSettings, table="engine"):
     """The run it belongs to; unset: any run may claim it."""
     advertise: str = ""
     """URL under which the router reaches it; unset: where it listens."""
+    metrics_listen: str = "127.0.0.1:9105"
+    """cpu: where Prometheus finds `/metrics`, host:port; port 0 takes a free one. Empty: nowhere. SGLang
+    serves its own, beside its other routes, with enable_metrics."""
     dialect: DialectName = "0.5.21"
     """The SGLang release whose rules hold."""
     served_model_name: str = ""

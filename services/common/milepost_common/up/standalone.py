@@ -20,6 +20,7 @@ from milepost_common.up.spec import Addresses, ChildSpec
 from milepost_common.up.supervisor import Report, Supervisor
 
 _FREE = "127.0.0.1:0"
+_UNMETERED = ("--metrics_listen", "")
 
 
 @asynccontextmanager
@@ -59,7 +60,8 @@ async def standalone_gateway(
 def _engine(model: str, *, shared: list[str]) -> ChildSpec:
     def command(at: Addresses) -> list[str]:
         port = at["engine"]["http"].rpartition(":")[2] if at["engine"] else "0"
-        return [sys.executable, "-m", "milepost_engine", "serve", *shared, "--model", model, "--port", port]
+        head = [sys.executable, "-m", "milepost_engine", "serve", *shared]
+        return [*head, "--model", model, "--port", port, *_UNMETERED]
 
     return ChildSpec(name="engine", command=command, stop_rank=1)
 
@@ -72,6 +74,7 @@ def _router(engines: Sequence[str], *, own: bool, shared: list[str]) -> ChildSpe
             at["router"].get("grpc", _FREE),
             "--http_listen",
             at["router"].get("http", _FREE),
+            *_UNMETERED,
         ]
         head = [sys.executable, "-m", "milepost_router", "serve", *shared]
         return [*head, "--buffer", "", "--engines", ",".join(urls), *listen]
@@ -84,7 +87,7 @@ def _gateway(tokenizer: str, *, shared: list[str]) -> ChildSpec:
         router = at["router"]
         wires = ["--router", router["grpc"], "--router_http", f"http://{router['http']}"]
         alone = ["--buffer", "", "--run_id", ""]
-        own = ["--tokenizer", tokenizer, "--listen", at["rollout"].get("grpc", _FREE)]
+        own = ["--tokenizer", tokenizer, "--listen", at["rollout"].get("grpc", _FREE), *_UNMETERED]
         return [sys.executable, "-m", "milepost_rollout", "serve", *shared, *alone, *wires, *own]
 
     return ChildSpec(name="rollout", command=command, needs=("router",), stop_rank=0)
