@@ -8,7 +8,7 @@
 #   make lint     ruff, import rules, protos (buf, where npm is there)
 #   make types    pyright, strict
 #   make protos   regenerate the stubs
-#   make docs     regenerate the settings reference
+#   make docs     regenerate the references of settings and metrics
 #   make clean    remove what the targets above made, but .venv
 
 PYTHON ?= python3
@@ -56,6 +56,7 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/generate_stubs.py --check
 	$(BIN)/python scripts/settings_reference.py --check
+	$(BIN)/python scripts/metrics_reference.py --check
 	if command -v npm >/dev/null; then $(MAKE) --no-print-directory lint-protos; \
 	else echo "npm is not here: protos are not linted"; fi
 
@@ -80,6 +81,7 @@ protos: setup
 
 docs: setup
 	$(BIN)/python scripts/settings_reference.py
+	$(BIN)/python scripts/metrics_reference.py
 
 clean:
 	rm -rf runs build dist node_modules .pytest_cache .ruff_cache .hypothesis .import_linter_cache
