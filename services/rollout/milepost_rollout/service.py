@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from milepost.channel import NO_RETRY
+from milepost.channel import NO_RETRY, RetryPolicy
 from milepost.client.base import ServiceClient
 from milepost.client.buffer import BufferClient
 from milepost.client.reward import EnvironmentClient
@@ -49,6 +49,8 @@ from milepost_rollout.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 FAILED, BAD_SETTINGS = 1, 2
+_BRIEF = RetryPolicy(retry_for_s=1.0)
+"""The gateway's loops ask the ledger again by themselves, and tell meanwhile what they wait for."""
 
 SERVICE = "milepost.v1.RolloutService"
 C = TypeVar("C", bound=ServiceClient)
@@ -210,7 +212,7 @@ async def _gateway(parts: _Parts, roller: GroupRoller, scorer: Scorer) -> Gatewa
             reason="BAD_SETTING",
         )
     return Gateway(
-        await parts.own(BufferClient(settings.buffer, timeout_s=settings.ledger_timeout_s)),
+        await parts.own(BufferClient(settings.buffer, timeout_s=settings.ledger_timeout_s, retry=_BRIEF)),
         roller=roller,
         settings=GatewaySettings(
             run_id=settings.run_id,
