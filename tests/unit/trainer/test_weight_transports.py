@@ -149,7 +149,7 @@ def test_settings_choose_the_transport(tmp_path: Path) -> None:
 async def test_cuda_ipc_says_what_to_do_about_weights_that_are_on_no_gpu() -> None:
     transport = build_transport(PublishSettings(transport="cuda_ipc"), run_id="run")
     await transport.open(Prepared(), timeout_s=1)
-    with pytest.raises(FailedPrecondition, match="weights are on cpu; set trainer.device to cuda"):
+    with pytest.raises(FailedPrecondition, match=r"weights are on cpu; set trainer\.device to cuda"):
         await transport.stage(BUCKET, FLAT)
     await transport.close(broken=True)
 
