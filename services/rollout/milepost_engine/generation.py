@@ -96,6 +96,8 @@ class Generation:
         prompt_ids: The prompt's tokens; shared between samples, never written.
         max_new_tokens: Limit after the context was taken into account.
         stop_ids: Tokens that end the output (empty under `ignore_eos`).
+        created_s, admitted_s, finished_s: When it was submitted, first taken from the queue, and closed, on
+            the clock of `time.perf_counter`; 0: not yet.
         output_ids, output_logprobs: What was drawn, and its log-probs in nats, of equal length.
         output_top: Best alternatives per output token, when asked for.
         input_logprobs, input_top: Of the prompt from `logprobs.start_len`, the first being None.
@@ -115,6 +117,7 @@ class Generation:
     listener: Listener
     stop_strings: StopStrings | None = None
     created_s: float = field(default_factory=time.perf_counter)
+    admitted_s: float = 0.0
     finished_s: float = 0.0
     output_ids: list[int] = field(default_factory=list[int])
     output_logprobs: list[float] = field(default_factory=list[float])

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from milepost_engine import spans
 from milepost_engine.engine import Engine, Waiter
 from milepost_engine.errors import EngineError
 
@@ -57,7 +58,8 @@ class GenerationEndpoint:
         """Serves one request."""
         try:
             body = await Request(scope, receive).body()
-            await self.handle(body, scope, receive, send)
+            with spans.begin(scope, engine_id=self.engine.settings.engine_id):
+                await self.handle(body, scope, receive, send)
         except ClientDisconnect:
             return
         except EngineError as error:
@@ -71,6 +73,7 @@ class GenerationEndpoint:
     async def wait(self, waiter: Waiter, receive: Receive) -> bool:
         """Waits for a call's generations; False when the client went first (they are aborted then)."""
         if await _unless_gone(waiter.finished(), receive):
+            spans.tell(waiter.generations)
             return True
         self.engine.abandon(waiter, reason="the client disconnected")
         return False
@@ -86,6 +89,7 @@ class GenerationEndpoint:
                 return
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
+            spans.tell(waiter.generations)
             self.engine.abandon(waiter, reason="the client disconnected")
 
 

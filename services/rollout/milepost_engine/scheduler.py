@@ -23,6 +23,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -316,7 +317,9 @@ class Scheduler:
         prompts: list[list[int]] = []
         index_of: dict[tuple[int, ...], int] = {}
         source: list[int] = []
+        now = time.perf_counter()
         for generation in batch:
+            generation.admitted_s = generation.admitted_s or now
             tokens = (*generation.prompt_ids, *generation.output_ids)
             if tokens in index_of and not generation.output_ids:
                 generation.cached_tokens = len(generation.prompt_ids)

@@ -161,6 +161,12 @@ def span(
     return _Made(made) if made.is_recording() else NOTHING
 
 
+def annotate(**attributes: Value) -> None:
+    """Adds attributes to the active span, if there is one."""
+    if on:
+        _trace.get_current_span().set_attributes(_named(attributes))
+
+
 @contextmanager
 def apart() -> Generator[None]:
     """Leaves the active span while the block runs: tasks that are started in it belong to no trace."""
