@@ -1,15 +1,16 @@
-"""The HTTP listener: uvicorn with httptools inside a loop that somebody else runs and stops."""
+"""The HTTP listener: uvicorn's server with our connections, in a loop that somebody else runs and stops."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import uvicorn
 
 from milepost.errors import InvalidArgument, Unavailable
+from milepost_router.http_connection import HttpConnection
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
@@ -30,7 +31,7 @@ class HttpServer:
         config = uvicorn.Config(
             app,
             loop="none",
-            http="httptools",
+            http=cast(Any, HttpConnection),  # uvicorn takes any protocol of its constructor
             ws="none",
             interface="asgi3",
             lifespan="off",

@@ -11,8 +11,6 @@ The deadline stands still while the engine that has the request is paused by us 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping
-from typing import Any
 
 from milepost.errors import Cancelled, MilepostError
 from milepost_common.telemetry.tracing import NOTHING
@@ -100,11 +98,9 @@ class Passage:
         """Seconds since it came."""
         return self._loop.time() - self._started
 
-    def client_spoke(self, heard: asyncio.Future[MutableMapping[str, Any]]) -> None:
-        """The client did something after its request: it closed its connection."""
-        if self._closed:
-            return
-        if heard.cancelled() or heard.exception() or heard.result()["type"] == "http.disconnect":
+    def client_left(self) -> None:
+        """The client closed its connection."""
+        if not self._closed:
             self._end(Cancelled("the client closed the connection"))
 
     def take_away(self, why: str) -> None:

@@ -29,6 +29,7 @@ from milepost.types import EngineState
 from milepost_common.telemetry import tracing
 from milepost_router import headers, proxy_errors, routing, spans
 from milepost_router.fleet import Fleet, Transition
+from milepost_router.http_connection import EXCHANGE
 from milepost_router.metrics import CLIENT_LEFT, ENGINE_ERROR, REFUSED, ProxyMeter
 from milepost_router.passage import Passage
 from milepost_router.record import EngineRecord
@@ -122,15 +123,14 @@ class Proxy:
         self.meter.in_flight += 1
         if tracing.on:
             spans.begin(passage, scope["headers"])
-        watcher: asyncio.Future[MutableMapping[str, Any]] = asyncio.ensure_future(receive())
-        watcher.add_done_callback(passage.client_spoke)
+        scope[EXCHANGE].on_hangup = passage.client_left
         try:
             await self._serve(passage, send)
         finally:
             self.meter.ended(passage.outcome, passage.age_s)
             if passage.span is not tracing.NOTHING:
                 spans.end(passage)
-            passage.close()  # the watcher ends by itself: a request that is answered has no client any more
+            passage.close()
 
     # ------------------------------------------------------------------------------------ one request
 

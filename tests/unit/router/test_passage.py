@@ -57,9 +57,7 @@ async def test_pauses_before_it_came_and_of_engines_it_left_are_told_apart():
 
 async def test_what_ends_a_request_first_is_what_it_is_told():
     made = passage(0.02)
-    gone: asyncio.Future = asyncio.get_running_loop().create_future()
-    gone.set_result({"type": "http.disconnect"})
-    made.client_spoke(gone)
+    made.client_left()
     await asyncio.sleep(0.05)
     assert isinstance(made.over, errors.Cancelled)
 
@@ -67,8 +65,6 @@ async def test_what_ends_a_request_first_is_what_it_is_told():
 async def test_an_answered_request_is_never_ended():
     made = passage(0.01)
     made.close()
-    gone: asyncio.Future = asyncio.get_running_loop().create_future()
-    gone.set_result({"type": "http.disconnect"})
-    made.client_spoke(gone)
+    made.client_left()
     await asyncio.sleep(0.03)
     assert made.over is None

@@ -105,6 +105,8 @@ class RawEngine:
             await exchange.answer(b"{}")
         elif exchange.target in ("/model_info", "/server_info"):
             await exchange.answer(b'{"weight_version": "default", "version": "0.5.21"}')
+        elif not exchange.target.startswith(("/generate", "/v1/")):
+            await exchange.answer(b"{}")  # what a router asks of an engine that joins
         else:
             self.exchanges.append(exchange)
             self.got_request.set()
