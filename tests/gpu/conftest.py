@@ -116,7 +116,9 @@ def service(out: Path) -> Iterator[Callable[..., Launched]]:
         return launched
 
     yield start
-    for each in started:
+    for each in reversed(started):
+        each.process.terminate()
+        each.process.wait(timeout=20)
         each.end()
 
 
