@@ -3,6 +3,9 @@
     if __name__ == "__main__":
         sys.exit(run("router", main, telemetry=settings.telemetry))
 
+With MILEPOST_DIE_WITH_PARENT in its environment it ends when its parent does: by SIGTERM, or by SIGKILL where
+the value is `kill`, which ends a suspended process too.
+
 `main(stop)` is a coroutine that serves until the event `stop` is set (by SIGTERM or SIGINT) and returns the
 exit status. A second signal, or `STOP_DEADLINE_S` after the first, ends the process whatever it is doing.
 """
@@ -53,8 +56,8 @@ def run(
     set_up_logging(name, telemetry.log_format if telemetry else "text")
     faulthandler.enable()
     tune_malloc()
-    if os.environ.get("MILEPOST_DIE_WITH_PARENT") == "1":
-        die_with_parent()
+    if how := os.environ.get("MILEPOST_DIE_WITH_PARENT"):
+        die_with_parent(signal.SIGKILL if how == "kill" else signal.SIGTERM)
     if telemetry is None:
         return uvloop.run(_until_stopped(main, stop_deadline_s))
     from milepost_common.telemetry.export import exporting

@@ -50,7 +50,7 @@ def launch(argv: Sequence[str], *, nproc: int) -> int:
         status = Path(folder) / "status"
         environment = os.environ | {
             STATUS_FILE: str(status),
-            "MILEPOST_DIE_WITH_PARENT": "1",
+            "MILEPOST_DIE_WITH_PARENT": "kill",  # a suspended rank would keep its port from the next trainer
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
