@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,8 +11,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from milepost.cli.options import add_address, add_run, address
+from milepost.cli.telemetry import exporting
 from milepost.errors import MilepostError
 from milepost.feed import Feeder, FeedOptions, FeedProgress
+from milepost.linelog import LineLog
 
 _TTY_PERIOD_S, _LOG_PERIOD_S = 0.1, 10.0
 
@@ -89,6 +89,7 @@ async def feed(options: argparse.Namespace) -> int:
         timeout_s=options.timeout_s,
     )
     with ExitStack() as stack:
+        stack.enter_context(exporting("feed"))
         line = stack.enter_context(ProgressLine(options.file))
         witness = (
             stack.enter_context(Acknowledged(options.acknowledged, options.run_id))
@@ -101,7 +102,7 @@ async def feed(options: argparse.Namespace) -> int:
             options=feed_options,
             on_progress=line.show,
             on_bad_line=line.bad,
-            on_accepted=witness.append if witness else None,
+            on_accepted=witness.accepted if witness else None,
         )
         done = await feeder.run()
     print(f"fed {done.accepted} prompts ({done.duplicates} were there already), {done.skipped} lines skipped")
@@ -110,26 +111,16 @@ async def feed(options: argparse.Namespace) -> int:
     return 1 if done.skipped else 0
 
 
-class Acknowledged:
+class Acknowledged(LineLog):
     """Appends accepted ids to a JSONL file, each batch flushed to the disk before the next is offered."""
 
     def __init__(self, path: str, run_id: str) -> None:
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
+        super().__init__(path, synced=True)
         self._run_id = run_id
 
-    def append(self, prompt_ids: Sequence[str]) -> None:
+    def accepted(self, prompt_ids: Sequence[str]) -> None:
         """Writes one batch."""
-        self._file.write(json.dumps({"run_id": self._run_id, "accepted": list(prompt_ids)}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+        self.append({"run_id": self._run_id, "accepted": list(prompt_ids)})
 
 
 class ProgressLine:

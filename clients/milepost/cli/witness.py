@@ -6,17 +6,18 @@
 | `steps.jsonl`                   | the trainer, after each commit   | every committed step               |
 | `*.jsonl` with `accepted`       | `milepost feed --acknowledged`   | prompts that the buffer accepted   |
 
-A folder stands for all of these in it. A line without its end, left by a crash, is passed over.
+A folder stands for all of these in it. A line without its end, left by a crash, is told and passed over.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from milepost.errors import InvalidArgument
+from milepost.linelog import read_lines
 from milepost.types import DroppedGroup, DropReason, StepManifest, Witness
 
 
@@ -57,9 +58,10 @@ def _read(path: Path, run_id: str) -> Witness:
         content = json.loads(path.read_text(encoding="utf-8"))
         _of_run(content, run_id, path)
         return Witness(name=f"checkpoint {content['step']}", steps=tuple(map(_step, content["manifest"])))
+    except InvalidArgument as error:
+        error.message = error.message if "--witness" in error.message else f"--witness {error.message}"
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InvalidArgument):
-            raise
         raise InvalidArgument(
             f"--witness {path}: {type(error).__name__}: {error}; give a checkpoint's meta.json, "
             "a steps.jsonl, or a file written by `milepost feed --acknowledged`"
@@ -69,7 +71,7 @@ def _read(path: Path, run_id: str) -> Witness:
 def _read_lines(path: Path, run_id: str) -> Witness:
     steps: dict[int, StepManifest] = {}
     accepted: list[str] = []
-    for number, row in _rows(path):
+    for number, row in read_lines(path):
         _of_run(row, run_id, path)
         if "accepted" in row:
             accepted += row["accepted"]
@@ -79,13 +81,6 @@ def _read_lines(path: Path, run_id: str) -> Witness:
             raise InvalidArgument(f"--witness {path}: line {number} has neither `accepted` nor `prompt_ids`")
     ordered = tuple(steps[step] for step in sorted(steps))
     return Witness(name=path.name, steps=ordered, accepted_prompt_ids=tuple(accepted))
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.endswith("\n"):
-                yield number, json.loads(line)
 
 
 def _of_run(row: Mapping[str, Any], run_id: str, path: Path) -> None:

@@ -2,18 +2,19 @@
 
 ``steps.jsonl`` is a witness for the ledger's audit: the step's prompts in order, written as soon as the step
 is committed. Both files are appended to, over restarts too; a replayed step has a line of its own each time,
-marked as such in metrics.jsonl. Values that are not finite become null.
+marked as such in metrics.jsonl. A line that a crash cut off is removed before the next one. Values that are
+not finite become null.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from milepost.linelog import LineLog
 from milepost.types import StepManifest
 from milepost_trainer.checkpoint import manifest_to_json
 
@@ -29,8 +30,8 @@ class Recorder:
     def __init__(self, directory: Path, *, tensorboard: bool) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self._metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self._steps = (directory / "steps.jsonl").open("a", encoding="utf-8")
+        self._metrics = LineLog(directory / "metrics.jsonl")
+        self._steps = LineLog(directory / "steps.jsonl")
         self._board: Any = _open_board(directory / "tensorboard") if tensorboard else None
 
     def __enter__(self) -> Self:
@@ -46,21 +47,16 @@ class Recorder:
 
     def write_commit(self, entry: StepManifest, *, term: int) -> None:
         """Note which groups a step took."""
-        _append(self._steps, manifest_to_json(entry) | {"term": term})
+        self._steps.append(manifest_to_json(entry) | {"term": term})
 
     def write_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Note how a step went."""
-        _append(self._metrics, {"step": step, **{name: _number(v) for name, v in metrics.items()}})
+        self._metrics.append({"step": step, **{name: _number(v) for name, v in metrics.items()}})
         if self._board is not None:
             for name, value in metrics.items():
                 if value is not None:
                     self._board.add_scalar(name, value, step)
             self._board.flush()
-
-
-def _append(file: Any, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row) + "\n")
-    file.flush()
 
 
 def _number(value: float | None) -> float | int | None:

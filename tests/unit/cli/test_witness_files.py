@@ -40,12 +40,15 @@ def test_a_checkpoint_says_its_manifest(tmp_path: Path) -> None:
     assert read_witnesses([path], run_id="r") == [expected]
 
 
-def test_of_a_step_that_was_trained_again_the_last_line_stands(tmp_path: Path) -> None:
+def test_of_a_step_that_was_trained_again_the_last_line_stands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write(
         tmp_path / "steps.jsonl", step(1, "a"), step(2, "b"), step(2, "c"), step(3, "d"), tail='{"step": 4'
     )
     (found,) = read_witnesses([path], run_id="r")
     assert [(s.step, s.prompt_ids) for s in found.steps] == [(1, ("a",)), (2, ("c",)), (3, ("d",))]
+    assert "steps.jsonl: line 5 was cut off (10 bytes); passed over" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["acknowledged.jsonl", "ids.txt"])
@@ -72,7 +75,8 @@ def test_a_folder_stands_for_all_witnesses_in_it(tmp_path: Path) -> None:
     [
         ('{"run_id": "other", "accepted": []}\n', "of run 'other'"),
         ('{"step": 1}\n', "neither"),
-        ("rubbish\n", "JSONDecodeError"),
+        ("rubbish\n", "line 1: JSONDecodeError"),
+        ('{"step": 1, "pro{"step": 2, "prompt_ids": []}\n', "line 1: JSONDecodeError"),
         ("[1]\n", "AttributeError"),
         ('{"step": 1, "prompt_ids": ["a"], "dropped": {"a": "boredom"}}\n', "BOREDOM"),
     ],
