@@ -32,11 +32,11 @@ FROM common
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=requirements,source=/requirements,target=/need \
     pip install --constraint /need/constraints.txt --requirement /need/engine.txt
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel pip install --no-deps /wheel/*.whl
-ENV MILEPOST_ENGINE__HOST=0.0.0.0 \
+ENV MILEPOST_ENGINE__HOST=0.0.0.0 MILEPOST_ENGINE__METRICS_LISTEN=0.0.0.0:9105 \
     OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 USER milepost
 WORKDIR /runs
-EXPOSE 30000
+EXPOSE 30000 9105
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 CMD ["milepost", "health", "http://127.0.0.1:30000/health"]
 ENTRYPOINT ["milepost"]
