@@ -14,8 +14,8 @@ Invariants:
   (`finish_update`, `restore`); never out of DEAD, JOINING or QUARANTINED.
 - Probe failures and request failures are counted apart; neither counts while UPDATING, because an engine
   that is paused for an update does not answer as usual and is not ill.
-- A member of a transaction carries its id from `reserve` until the transaction is settled for it, and
-  belongs to no other. It is UPDATING only from the first bucket on: until then it serves.
+- A member of a transaction carries its id from `reserve` until the transaction is settled for it or it is
+  DEAD, and belongs to no other. It is UPDATING only from the first bucket on: until then it serves.
 - `suspect` takes an engine out of routing without a change of state, from the moment a connection to it
   broke until a probe has looked: a process that came up again on the same port holds other weights.
 - `fleet_epoch` grows with each join, leave, death and return; `revision` with all a watcher may want to see.
@@ -263,7 +263,7 @@ class Fleet:
         record.healed = False
         if record.probe_failures >= self._limits.probe_failures:
             self._forget_weights(record)
-            record.run_id = record.home_run
+            record.run_id, record.transaction = record.home_run, ""
             self.fleet_epoch += 1
             self._move(record, S.DEAD, f"{record.probe_failures} probes failed: {why}")
 

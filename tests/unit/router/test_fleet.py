@@ -96,6 +96,15 @@ def test_a_dead_engine_comes_back_stale_whatever_it_carries(fleet):
     assert fleet.fleet_epoch == epoch + 2
 
 
+def test_a_member_that_died_before_its_first_bucket_is_free_when_it_comes_back(fleet):
+    record = serving(fleet)
+    fleet.reserve(record, "run/1/2/1", run_id="run")
+    dead(fleet, record)
+    probed(fleet, record, str(V1))
+    assert record.state is S.STALE
+    assert fleet.eligible(record, 0.0), "no transaction will ever let it go"
+
+
 def test_one_answer_forgives_failed_probes(fleet):
     record = serving(fleet)
     for _ in range(5):
