@@ -25,6 +25,7 @@ _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
      b"trailer", b"transfer-encoding", b"upgrade")
 )  # fmt: skip
+_REPLACED = _HOP_BY_HOP | {b"content-length"}
 _NOT_PASSED = _HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 _KNOWN = frozenset(("run", "min-version", "version", "session", "deadline-ms"))
 
@@ -82,13 +83,18 @@ def request_head(method: str, target: bytes, host: str, passed: bytes, body_byte
     return line + (passed + b"\r\n" if passed else b"") + length + b"\r\n"
 
 
-def reply_headers(upstream: RawHeaders, *, engine_id: str, start: int, end: int | None) -> RawHeaders:
-    """The head of a reply to a client; `end` is None where it comes later."""
-    headers = [(k, v) for k, v in upstream if k not in _HOP_BY_HOP]
+def reply_headers(
+    upstream: RawHeaders, *, engine_id: str, start: int, end: int | None, length: int | None = None
+) -> RawHeaders:
+    """The head of a reply to a client; `end` is None where it comes later, `length` with a stream."""
+    left_out = _HOP_BY_HOP if length is None else _REPLACED
+    headers = [header for header in upstream if header[0] not in left_out]
     headers.append((b"x-milepost-engine", engine_id.encode()))
     headers.append((b"x-milepost-version-start", b"%d" % start))
     if end is not None:
         headers.append((b"x-milepost-version-end", b"%d" % end))
+    if length is not None:
+        headers.append((b"content-length", b"%d" % length))
     return headers
 
 

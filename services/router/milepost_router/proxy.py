@@ -36,6 +36,7 @@ from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
 from milepost_router.signals import Signal, wait_for
 from milepost_router.upstream import (
+    WHOLE_BYTES,
     Connection,
     Died,
     Pool,
@@ -50,9 +51,6 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-WHOLE_REPLY_BYTES = 8 * 1024 * 1024
-"""Replies up to this size are read whole before they are passed on."""
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +99,7 @@ class Proxy:
         self._passages: dict[EngineRecord, set[Passage]] = {}
         self._hosts: dict[str, str] = {}
         self.meter = ProxyMeter()
+        self._loop = asyncio.get_running_loop()
         fleet.subscribe(self._on_transition)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -186,14 +185,14 @@ class Proxy:
     async def _engine_for(self, passage: Passage, tried: list[EngineRecord]) -> EngineRecord | None:
         """An engine that fits, maybe after a wait for one on its way; None: all that fit were tried."""
         ask = passage.request.ask
-        give_up_at = asyncio.get_running_loop().time() + self._settings.admit_wait_s
+        give_up_at = self._loop.time() + self._settings.admit_wait_s
         while True:
             if passage.over is not None:
                 raise passage.over
             record = routing.choose(self._fleet, ask, tried=tried, policy=self._settings.policy)
             if record is not None:
                 return record
-            left_s = give_up_at - asyncio.get_running_loop().time()
+            left_s = give_up_at - self._loop.time()
             if passage.pin_lost:
                 raise proxy_errors.pinned_version_gone(ask.version)
             if left_s <= 0 or not routing.may_come([e for e in self._fleet if e not in tried], ask):
@@ -231,7 +230,7 @@ class Proxy:
             raise
         finally:
             self._forget(passage, record)
-            now = asyncio.get_running_loop().time()
+            now = self._loop.time()
             self._fleet.request_ended(record, failed=failed, now=now)
             passage.taken_back()
 
@@ -257,11 +256,10 @@ class Proxy:
     async def _pass_on(
         self, passage: Passage, record: EngineRecord, connection: Connection, reply: Reply, send: Send
     ) -> None:
-        streams = reply.header(b"content-type").startswith(b"text/event-stream")
-        if streams and reply.status < 500:
+        if reply.streams and reply.status < 500:
             await self._pass_stream(passage, record, connection, reply, send, ends_with_comment=True)
             return
-        body, whole = await connection.body(WHOLE_REPLY_BYTES)
+        body, whole = await connection.body(WHOLE_BYTES)
         if reply.status >= 500:
             raise ServerError(reply, body)
         if reply.status >= 400:
@@ -269,9 +267,9 @@ class Proxy:
         if not whole:
             await self._pass_stream(passage, record, connection, reply, send, first=body)
             return
-        head = self._reply_head(passage, record, reply, end=record.version)
+        head = self._reply_head(passage, record, reply, end=record.version, length=len(body))
         passage.head_sent = True
-        await send(_start(reply.status, headers.with_length(head, len(body))))
+        await send(_start(reply.status, head))
         await send({"type": "http.response.body", "body": body})
 
     async def _pass_stream(
@@ -297,10 +295,21 @@ class Proxy:
         await send({"type": "http.response.body", "body": last})
 
     def _reply_head(
-        self, passage: Passage, record: EngineRecord, reply: Reply, *, end: int | None
+        self,
+        passage: Passage,
+        record: EngineRecord,
+        reply: Reply,
+        *,
+        end: int | None,
+        length: int | None = None,
     ) -> RawHeaders:
-        start = passage.version_start
-        return headers.reply_headers(reply.headers, engine_id=record.engine_id, start=start, end=end)
+        return headers.reply_headers(
+            reply.headers,
+            engine_id=record.engine_id,
+            start=passage.version_start,
+            end=end,
+            length=length,
+        )
 
     # ------------------------------------------------------------------------------------ the fleet
 
@@ -343,7 +352,7 @@ class Proxy:
                 if passage in self._passages.get(record, ()):
                     passage.take_away(why)
 
-        asyncio.get_running_loop().call_later(self._settings.abort_grace_s, take)
+        self._loop.call_later(self._settings.abort_grace_s, take)
 
     def _forget(self, passage: Passage, record: EngineRecord) -> None:
         passages = self._passages[record]

@@ -63,11 +63,11 @@ def choose(
 ) -> EngineRecord | None:
     """The engine for a request, or None where none fits now."""
     fitting = [e for e in engines if e.routable and accepts(ask, e) and e not in tried]
-    if not fitting:
-        return None
+    if len(fitting) < 2:
+        return fitting[0] if fitting else None
     if ask.session and policy == "session_affinity":
         return max(fitting, key=lambda e: _rendezvous(ask.session, e.engine_id))
-    return min(fitting, key=lambda e: (e.in_flight, e.requests_total, e.engine_id))
+    return min(fitting, key=_load)
 
 
 def may_come(engines: Iterable[EngineRecord], ask: Ask) -> bool:
@@ -89,6 +89,10 @@ def describe_fleet(engines: Iterable[EngineRecord], ask: Ask) -> str:
         f"{'' if e.state is EngineState.SERVING else f' ({e.detail})'}"
         for e in sorted(mine, key=lambda e: e.engine_id)
     )
+
+
+def _load(engine: EngineRecord) -> tuple[int, int, str]:
+    return engine.in_flight, engine.requests_total, engine.engine_id
 
 
 def _rendezvous(session: str, engine_id: str) -> bytes:

@@ -2,9 +2,12 @@
 
     connection = await pool.connect("http://127.0.0.1:30000")
     connection.send(head, body)                  # bytes as they go on the wire
-    reply = await connection.reply()             # status and headers
+    reply = await connection.reply()             # status and headers, and behind them the body, see below
     while chunk := await connection.chunk(): ... # b"" at the end; reading stops while HIGH_WATER is unread
     pool.release(connection)
+
+An event stream's `reply()` is there with its head. Of any other reply its user wants the whole body before
+anything else: `reply()` waits for it too, up to `WHOLE_BYTES`, so that a reply in many pieces wakes once.
 
 A connection carries one exchange at a time and belongs to whoever has it from the pool. `abort(error)` ends
 the exchange from outside (deadline, client gone, engine given up): whoever waits gets that error, and the
@@ -26,6 +29,8 @@ import httptools
 from milepost_common import peers
 
 HIGH_WATER = 256 * 1024
+WHOLE_BYTES = 8 * 1024 * 1024
+"""Replies up to this size, event streams apart, are read whole."""
 KEEP_IDLE_S = 4.0
 """uvicorn closes idle connections after 5 s; ours leave earlier, so that no request meets a closing one."""
 
@@ -71,7 +76,15 @@ class Reply:
 
     def header(self, name: bytes) -> bytes:
         """Value of a header by its lower-case name; empty when absent."""
-        return next((v for k, v in self.headers if k == name), b"")
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return b""
+
+    @property
+    def streams(self) -> bool:
+        """It is an event stream."""
+        return self.header(b"content-type").startswith(b"text/event-stream")
 
 
 class Connection(asyncio.Protocol):
@@ -84,6 +97,7 @@ class Connection(asyncio.Protocol):
         self._forget = forget
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
+        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._error: UpstreamError | None = None
         self._begin()
@@ -93,6 +107,8 @@ class Connection(asyncio.Protocol):
         self._reply: Reply | None = None
         self._chunks: deque[bytes] = deque()
         self._unread = 0
+        self._high_water = HIGH_WATER
+        self._gathers = False
         self._complete = False
         self._keep_alive = False
         self._got_bytes = False
@@ -116,12 +132,12 @@ class Connection(asyncio.Protocol):
             self._transport.writelines((head, body))
 
     async def reply(self) -> Reply:
-        """The head of the reply, once it is there.
+        """The head of the reply, once it is there; of one that is no event stream the body is there too.
 
         Raises:
           UpstreamError: Died, Rubbish, or what `abort` was given.
         """
-        while self._reply is None:
+        while self._reply is None or (self._gathers and not self._complete):
             if self._error is not None:
                 raise self._error
             await self._wait()
@@ -177,6 +193,15 @@ class Connection(asyncio.Protocol):
         """The exchange is over and the engine keeps the connection."""
         return self._complete and self._keep_alive and not self._chunks and self.open
 
+    def rest(self) -> None:
+        """Nobody uses it from now on."""
+        self.idle_since = self._loop.time()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since it was used."""
+        return 0.0 if self.idle_since is None else self._loop.time() - self.idle_since
+
     # ------------------------------------------------------------------------------------ asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -194,8 +219,10 @@ class Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.abort(Rubbish(f"not an HTTP reply: {error}", got_bytes=True))
             return
-        if self._unread > HIGH_WATER and self._reading and self._transport is not None:
-            self._reading = False
+        if self._unread > self._high_water and self._reading and self._transport is not None:
+            self._gathers, self._reading = False, False
+            self._high_water = HIGH_WATER
+            self._wake()
             self._transport.pause_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -223,13 +250,18 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if status >= 200:
             self._reply = Reply(status, self._headers)
-            self._wake()
+            self._gathers = not self._reply.streams
+            if self._gathers:
+                self._high_water = WHOLE_BYTES
+            else:
+                self._wake()
 
     def on_body(self, data: bytes) -> None:
         """A piece of the body."""
         self._chunks.append(data)
         self._unread += len(data)
-        self._wake()
+        if not self._gathers:
+            self._wake()
 
     def on_message_complete(self) -> None:
         """The reply is over, or was an interim one (1xx)."""
@@ -243,7 +275,7 @@ class Connection(asyncio.Protocol):
     # ------------------------------------------------------------------------------------ within
 
     async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
@@ -277,11 +309,10 @@ class Pool:
         Raises:
           Refused: nobody listens there, or not within the time.
         """
-        loop = asyncio.get_running_loop()
-        idle = self._idle.get(origin, [])
+        idle = self._idle.get(origin)
         while idle and not fresh:
             connection = idle.pop()
-            young = loop.time() - (connection.idle_since or 0.0) < KEEP_IDLE_S
+            young = connection.idle_s < KEEP_IDLE_S
             connection.idle_since = None
             if connection.open and young:
                 connection.reused = True
@@ -311,16 +342,15 @@ class Pool:
     def release(self, connection: Connection) -> None:
         """Takes a connection back; one that cannot be used again is closed."""
         if connection.reusable:
-            connection.idle_since = asyncio.get_running_loop().time()
+            connection.rest()
             self._idle.setdefault(connection.origin, []).append(connection)
         else:
             connection.abort(GaveUp("not read to the end"))
 
     def sweep(self, origin: str) -> None:
         """Closes the connections to an engine that have been idle too long."""
-        now = asyncio.get_running_loop().time()
         idle = self._idle.get(origin, [])
-        while idle and now - (idle[0].idle_since or 0.0) >= KEEP_IDLE_S:
+        while idle and idle[0].idle_s >= KEEP_IDLE_S:
             idle.pop(0).abort(GaveUp("idle for too long"))
 
     def close(self) -> None:
