@@ -143,6 +143,8 @@ SPECS = (
 OK, CLIENT_LEFT, REFUSED, ENGINE_ERROR = "ok", "client_left", "refused", "engine_error"
 STATES = tuple(s for s in EngineState if s is not EngineState.UNSPECIFIED)
 PHASES = ("prepare", "transfer", "verify", "commit")
+KINDS_OF_FAILURE = ("refused", "died", "rubbish", "gaveup", "servererror")
+"""Errors of `milepost_router.upstream` and of the proxy, in lower case."""
 
 Look = Iterator[tuple[tuple[str, ...], float]]
 
@@ -212,6 +214,8 @@ class ProxyMeter:
         self._requests, self._seconds = Counter(REQUESTS), Histogram(REQUEST_SECONDS)
         self._queued_seconds, self._retries = Counter(QUEUED_SECONDS), Counter(RETRIES)
         self._ok, self._series = self._requests.cell(OK), self._seconds.series()
+        for kind in KINDS_OF_FAILURE:
+            self._retries.cell(kind)
 
     @property
     def instruments(self) -> tuple[Instrument, ...]:
