@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from milepost import errors
+from milepost import errors, tracing
 from milepost.channel import NO_RETRY
 from milepost.client.base import DEFAULT_TIMEOUT_S
 from milepost.client.buffer import BufferClient
@@ -149,6 +149,7 @@ class _Entry:
     prompt: Prompt
     after: Cursor
     size_bytes: int
+    span: tracing.PromptSpan = tracing.NO_SPAN
 
 
 class Feeder:
@@ -255,7 +256,22 @@ class Feeder:
 
     async def _put(self, batch: Sequence[_Entry], stored: str) -> str | None:
         """Puts a whole batch; returns the cursor now stored, or None when it has to be read again."""
-        left = list(batch)
+        left = [self._traced(entry) for entry in batch]
+        try:
+            return await self._put_all(left, stored)
+        finally:
+            for entry in left:
+                entry.span.end("not accepted")
+
+    def _traced(self, entry: _Entry) -> _Entry:
+        """The entry with a trace of its own, where traces are made."""
+        span = tracing.begin("feed.put", run_id=self._options.run_id, prompt_id=entry.prompt.prompt_id)
+        if not span.traceparent:
+            return entry
+        return replace(entry, prompt=replace(entry.prompt, traceparent=span.traceparent), span=span)
+
+    async def _put_all(self, entries: Sequence[_Entry], stored: str) -> str | None:
+        left = list(entries)
         while left:
             try:
                 result = await self._offer(left, stored)
@@ -417,6 +433,8 @@ class Feeder:
     def _account(self, entries: Sequence[_Entry], result: PutPromptsResult) -> None:
         if not entries:
             return
+        for entry in entries:
+            entry.span.end("accepted")
         if self._on_accepted:
             self._on_accepted([e.prompt.prompt_id for e in entries])
         self._tell(

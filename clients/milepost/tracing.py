@@ -78,14 +78,14 @@ class PromptSpan:
             self._span = None
 
 
-_NO_SPAN = PromptSpan()
+NO_SPAN = PromptSpan()
 
 
 def begin(name: str, *, run_id: str, prompt_id: str) -> PromptSpan:
     """Begins the trace of one prompt, linked to the active span if there is one."""
     api = sys.modules.get(_API)
     if api is None:
-        return _NO_SPAN
+        return NO_SPAN
     provider = _provider or api.get_tracer_provider()
     around = api.get_current_span().get_span_context()
     span = provider.get_tracer(_SCOPE).start_span(
@@ -95,4 +95,4 @@ def begin(name: str, *, run_id: str, prompt_id: str) -> PromptSpan:
         attributes={"milepost.run_id": run_id, "milepost.prompt_id": prompt_id},
         links=[api.Link(around)] if around.is_valid else None,
     )
-    return PromptSpan(span) if span.get_span_context().is_valid else _NO_SPAN
+    return PromptSpan(span) if span.get_span_context().is_valid else NO_SPAN

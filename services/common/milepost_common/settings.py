@@ -112,6 +112,19 @@ def layers(
     ]
 
 
+def load_telemetry(*, environ: Mapping[str, str] | None = None) -> TelemetrySettings:
+    """`[telemetry]` as the environment alone has it, for commands that read no file.
+
+    Raises:
+      InvalidArgument: as `load`.
+    """
+    environment = os.environ if environ is None else environ
+    try:
+        return TelemetrySettings(**_read_environment(TelemetrySettings, "MILEPOST_TELEMETRY__", environment))
+    except ValidationError as error:
+        raise InvalidArgument(explain(TelemetrySettings, error), reason="BAD_SETTING") from error
+
+
 def load_or_exit(kind: type[S], argv: Sequence[str] | None = None) -> S:
     """`load` for command lines: prints the error and exits with status 2."""
     try:

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 from milepost import types as t
 from milepost.errors import FailedPrecondition, OutOfRange, StaleTerm
+from milepost_common.telemetry import logs, tracing
 from milepost_trainer.crew import Crew, StepOrder
 from milepost_trainer.learner import UpdateReport
 from milepost_trainer.ledger import Ledger
@@ -39,6 +40,7 @@ from milepost_trainer.publisher import Published, Publisher
 from milepost_trainer.recorder import Recorder
 from milepost_trainer.saver import Saver, export_dir
 from milepost_trainer.settings import TrainerSettings
+from milepost_trainer.spans import StepTrace, tracing_step
 from milepost_trainer.status import TrainerState
 
 log = logging.getLogger(__name__)
@@ -264,12 +266,21 @@ class StepLoop:
         """Train, commit, publish and save one step."""
         if self._settings.prefetch and step != self._settings.num_steps:
             self._begin_lease(step + 1)
+        run_id, replayed = self._settings.run.run_id, step <= self._committed_before
+        with (
+            logs.about(run=run_id, step=step),
+            tracing_step(run_id, step=step, groups=lease.groups, replayed=replayed) as trace,
+        ):
+            await self._train_traced(step, lease, trace)
+
+    async def _train_traced(self, step: int, lease: t.StepLease, trace: StepTrace) -> None:
         self._state.enter("training")
         with self._clock.timing("wait"):
             refused: dict[str, str] = await self._crew.call("start_step", step)
         with self._clock.timing("train"):
             updates = await self._make_updates(step, lease)
         await self._commit(step, lease, refused)
+        trace.committed(refused)
         every = self._run.publish_every or 1
         self._publisher.moved_to(step, due=step % every == 0)
         with self._clock.timing("publish"):
@@ -320,6 +331,7 @@ class StepLoop:
             wall_time=time.time(),
         )
         self._recorder.write_metrics(step, metrics)
+        log.info("step %d committed: %d groups, loss %.4f", step, len(groups), updates[-1].loss)
         staleness = [group.staleness for group in groups]
         self.meter.trained(metrics, staleness=staleness, replayed=step <= self._committed_before)
         self._state.add_step(step, {name: value for name, value in metrics.items() if value is not None})
@@ -336,8 +348,14 @@ class StepLoop:
             )
         if not self._publisher.wanted:
             return
-        async with self._phase("publishing"):
-            await self._unless_stopped(self._publisher.catch_up())
+        run_id, label = self._settings.run.run_id, self._publisher.label
+        with (
+            logs.about(run=run_id, step=label),
+            tracing.span("trainer.publish", begins=True, run_id=run_id, label=label) as span,
+        ):
+            async with self._phase("publishing"):
+                await self._unless_stopped(self._publisher.catch_up())
+            span.set(version=self._publisher.published.version)
         self._state.published_step = self._publisher.published.label or 0
         self._state.weight_version = self._publisher.published.version
 

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from milepost_common.telemetry import tracing
@@ -57,6 +57,13 @@ def exporting(name: str, settings: TelemetrySettings) -> Generator[None]:
             log.warning("%s did not take the last spans within %g s: they are lost", endpoint, FLUSH_S)
             exporter_log().setLevel(logging.CRITICAL)  # what is cut off now would complain
         exporter.shutdown()
+
+
+def exporting_from_environment(name: str) -> AbstractContextManager[None]:
+    """`exporting` with the settings of the environment, for commands that are no service."""
+    from milepost_common.settings import load_telemetry
+
+    return exporting(name, load_telemetry())
 
 
 def make_provider(name: str, settings: TelemetrySettings, *, exporter: Any) -> Any:

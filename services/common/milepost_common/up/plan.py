@@ -165,6 +165,7 @@ class _Planner:
             needs=("buffer",),
             announces=False,
             final_codes=frozenset((0, 1, 2)),
+            environ=_telemetry(self._up),
             stop_rank=_STOP_RANK["feed"],
             stop_timeout_s=self._up.stop_timeout_s,
         )
@@ -200,6 +201,7 @@ class _Planner:
             name=name or service,
             command=lambda at: head + flags(at),
             needs=needs,
+            environ=_telemetry(self._up),
             stop_rank=_STOP_RANK[service],
             ready_timeout_s=self._up.ready_timeout_s,
             stop_timeout_s=stop_timeout_s or self._up.stop_timeout_s,
@@ -239,6 +241,12 @@ class _Service:
     def default(self, key: str, value: str) -> list[str]:
         """A flag, if nobody set it."""
         return [f"--{key}", value] if key not in self.given else []
+
+
+def _telemetry(up: UpSettings) -> dict[str, str]:
+    """`[telemetry]` as this command got it, for children of which some read no file."""
+    given = up.telemetry.model_dump(exclude_defaults=True)
+    return {f"MILEPOST_TELEMETRY__{name.upper()}": str(value) for name, value in given.items()}
 
 
 def _check_model(key: str, folder: str) -> None:
