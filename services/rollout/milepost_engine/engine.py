@@ -107,7 +107,7 @@ class Engine:
             runner,
             max_running=settings.max_running_requests,
             max_prefill_tokens=settings.max_prefill_tokens,
-            seed=settings.seed,
+            seed=settings.sampling_seed,
             weight_version=settings.weight_version,
             notify=self._notify,
             on_death=self._report_death,

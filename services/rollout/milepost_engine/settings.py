@@ -6,6 +6,7 @@ What SGLang is launched with stands in `[engine.sglang]`, spelled as its flags a
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +66,8 @@ class EngineSettings(ServiceSettings, table="engine"):
     max_prefill_tokens: int = Field(4096, ge=1)
     """Padded tokens of one prefill batch."""
     seed: int = 0
-    """Of random weights, and of sampling without a seed of its own."""
+    """Of random weights, and, with `engine_id`, of sampling without a seed of its own: engines that share it
+    draw differently."""
     num_threads: int = Field(1, ge=1)
     """Threads of torch's operators."""
     admin_api_key: str = ""
@@ -89,6 +91,12 @@ class EngineSettings(ServiceSettings, table="engine"):
     def name(self) -> str:
         """The model's name under /v1."""
         return self.served_model_name or self.model.name
+
+    @property
+    def sampling_seed(self) -> int:
+        """Of requests without a seed of their own. Two engines that drew alike would make a group's samples
+        equal: nothing to learn from."""
+        return zlib.crc32(f"{self.seed}/{self.engine_id}".encode()) if self.engine_id else self.seed
 
 
 def from_command_line(argv: Sequence[str]) -> EngineSettings:

@@ -44,3 +44,14 @@ def test_errors_name_the_setting(capsys, flags, named):
         from_command_line(flags)
     assert caught.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_engines_of_one_fleet_share_a_seed_and_draw_differently():
+    def sampling_seed(*flags: str) -> int:
+        return from_command_line(["--model", "/m", *flags]).sampling_seed
+
+    one = sampling_seed("--engine_id", "engine-0")
+    assert one == sampling_seed("--engine_id", "engine-0")
+    assert one != sampling_seed("--engine_id", "engine-1")
+    assert one != sampling_seed("--engine_id", "engine-0", "--seed", "1")
+    assert sampling_seed("--seed", "7") == 7
