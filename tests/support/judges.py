@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from bystander import DEADLINE_S, SLACK_S
@@ -13,6 +14,7 @@ from stack import MILEPOST, run
 from weight_proof import TOLERANCE, Forward, Span, spans_of
 
 FETCH_AT_ONCE = 256
+WEIGHTS_DIFFER = 1e-3  # the largest change of any weight, of an optimizer with lr 3e-3
 
 
 async def judge_audit(siege: Siege) -> None:
@@ -39,8 +41,9 @@ def judge_deadlines(siege: Siege) -> None:
     assert siege.bystander
     asked = siege.bystander.asked
     answered = [a for a in asked if a.status]
-    assert sum(a.status == 200 for a in answered) > len(asked) / 4
-    assert {a.status for a in answered} <= {200, 502, 503, 504}
+    ends = Counter(a.status or a.error for a in asked)
+    assert ends[200], ends
+    assert {a.status for a in answered} <= {200, 502, 503, 504}, ends
     late = [a for a in answered if a.took_s > DEADLINE_S + SLACK_S]
     assert not late, f"{len(late)} of {len(asked)} requests were answered late: {late[:5]}"
 
@@ -48,7 +51,8 @@ def judge_deadlines(siege: Siege) -> None:
 async def judge_weights(siege: Siege) -> None:
     """No engine served a mixture, or weights under another label than their own.
 
-    The proof proves itself: the same spans under the next label, and under half of each, are found out.
+    The proof proves itself: the same spans under the next label, and under half of each, are found out, wherever
+    that step changed the weights.
     """
     spans = await trained_spans(siege)
     forward = Forward(siege.model, siege.checkpoint)
@@ -57,7 +61,9 @@ async def judge_weights(siege: Siege) -> None:
     assert not wrong, f"{len(wrong)} of {len(spans)} spans differ from their label's weights: {wrong[:5]}"
 
     newest = max(step for steps in siege.trained().values() for step in steps)
-    told = [s for s in spans if s.label < newest]
+    moved = {label for label in range(newest) if forward.distance(label, label + 1) > WEIGHTS_DIFFER}
+    assert len(moved) > newest / 2, f"weights changed in {len(moved)} of {newest} steps: this proves little"
+    told = [s for s in spans if s.label in moved]
     late = forward.deviations([replace(s, label=s.label + 1) for s in told])
     mixed = forward.deviations(told, forward.mixture)
     for name, caught in (("the next label", late), ("a mixture", mixed)):

@@ -69,6 +69,11 @@ class Forward:
             state_dict_loader.load(state, checkpoint_id=self._folder(label) / "state", no_dist=True)
         return state["model"]
 
+    def distance(self, one: int, other: int) -> float:
+        """The largest difference of any weight between two labels."""
+        a, b = self.weights(one), self.weights(other)
+        return max(float((a[name] - b[name]).abs().max()) for name in a)
+
     def mixture(self, label: int) -> Weights:
         """Half of the tensors of a label, half of the one after it."""
         old, new = self.weights(label), self.weights(label + 1)

@@ -15,7 +15,7 @@ from chaos import HELD_ENGINE, VICTIMS, Siege
 from judges import judge_audit, judge_deadlines, judge_weights
 from stack import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 TRANSPORT = "shm"
 ALL = (*VICTIMS, HELD_ENGINE)
 

@@ -19,7 +19,7 @@ from milepost.errors import DeadlineExceeded
 from milepost.types import EngineState
 from stack import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 KILL, STOP, CONT = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
 TRANSPORT = "gloo"
 MOMENTS = {"mid_run": False, "mid_transaction": True}
