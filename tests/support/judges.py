@@ -51,8 +51,8 @@ def judge_deadlines(siege: Siege) -> None:
 async def judge_weights(siege: Siege) -> None:
     """No engine served a mixture, or weights under another label than their own.
 
-    The proof proves itself: the same spans under the next label, and under half of each, are found out, wherever
-    that step changed the weights.
+    The proof proves itself: the same spans under the next label, and under half of each, are found out,
+    wherever that step changed the weights.
     """
     spans = await trained_spans(siege)
     forward = Forward(siege.model, siege.checkpoint)
