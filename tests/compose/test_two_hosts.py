@@ -44,4 +44,7 @@ async def test_a_run_over_two_hosts_survives_its_mirror_and_its_cable(hosts: tup
     assert await trainer.exited("trainer") == 0
 
     await assert_audit_closes(rollout)
-    assert (await trainer.state("weights"))["State"] == "running"
+    for host in hosts:
+        await host.call("stop")
+        ends = {service: state["ExitCode"] for service, state in (await host.states()).items()}
+        assert ends == dict.fromkeys(ends, 0), "a container did not stop in order"

@@ -4,6 +4,7 @@
     1    failed: the message says what and what to do
     2    the command line or a setting is wrong
     130  interrupted
+    143  ended by SIGTERM
 
 Subcommands live in one module each and are imported when they are asked for, so that a missing extra hurts
 nobody else. `milepost SERVICE ...` hands the whole command line to the service's own.
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from milepost import __version__
@@ -23,7 +26,7 @@ from milepost.cli.options import in_words
 from milepost.cli.services import SERVICES, hand_over
 from milepost.errors import InvalidArgument, MilepostError
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 COMMANDS: Mapping[str, str] = {
     "up": "start all services of a run on this machine and keep them alive",
@@ -43,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(args)
+    except _Terminated:
+        print("milepost: terminated", file=sys.stderr)
+        return TERMINATED
     except KeyboardInterrupt:
         print("milepost: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -70,8 +76,34 @@ def _dispatch(args: list[str]) -> int:
     if run is None:
         parser.print_help()
         return OK if args else USAGE
-    result = run(options)
-    return asyncio.run(result) if asyncio.iscoroutine(result) else int(result)
+    with _sigterm_interrupts():
+        result = run(options)
+        return asyncio.run(result) if asyncio.iscoroutine(result) else int(result)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _sigterm_interrupts() -> Generator[None]:
+    """SIGTERM ends a command as Ctrl-C does: in order, and also where it is the first process of a container,
+    to which a SIGTERM without a handler does nothing."""
+    came: list[int] = []
+
+    def on_sigterm(number: int, _frame: object) -> None:
+        came.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if came:
+            raise _Terminated from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_service_call(rest: Sequence[str]) -> bool:

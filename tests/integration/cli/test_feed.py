@@ -291,10 +291,13 @@ async def test_rows_can_be_read_by_people_and_programs(buffer: Buffer, milepost:
     assert b"no such run" in err
 
 
-async def test_ctrl_c_ends_a_feeder_with_130(buffer: Buffer, milepost: Start, data: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+async def test_ctrl_c_and_sigterm_end_a_feeder_in_order(
+    buffer: Buffer, milepost: Start, data: Path, number: signal.Signals, status: int
+) -> None:
     feed = await milepost("feed", data, "--run", "none", "--buffer", buffer.address)
     line = await asyncio.wait_for(feed.stderr.readline(), 30)
     assert b"which is not there yet" in line
-    feed.send_signal(signal.SIGINT)
+    feed.send_signal(number)
     await asyncio.wait_for(feed.communicate(), 30)
-    assert feed.returncode == 130
+    assert feed.returncode == status
