@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from gpu_trainer import Fleet
 from launched import Launched, free_port
 from tiny_tokenizer import CHARACTERS, make_tokenizer
 
@@ -58,11 +59,22 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def save_qwen3(path: Path, **shape: Any) -> Path:
+    """Saves a random Qwen3 in bfloat16, and a tokenizer of characters."""
+    torch.manual_seed(0)
+    config = Qwen3Config(tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, **shape)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen3ForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3 in bfloat16 whose heads are large enough for SGLang's kernels, and its tokenizer."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    """A tiny Qwen3 whose heads are large enough for SGLang's kernels."""
+    return save_qwen3(
+        tmp_path_factory.mktemp("model") / "tiny-qwen3",
         vocab_size=len(CHARACTERS) + 2,
         hidden_size=128,
         intermediate_size=256,
@@ -71,15 +83,25 @@ def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=1,
         head_dim=64,
         max_position_embeddings=2048,
-        tie_word_embeddings=True,
         initializer_range=0.1,
-        eos_token_id=1,
-        pad_token_id=0,
     )
-    path = tmp_path_factory.mktemp("model") / "tiny-qwen3"
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the shape of Qwen3-0.6B."""
+    return save_qwen3(
+        tmp_path_factory.mktemp("model") / "qwen3-0.6b",
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +112,12 @@ def launch_sglang(
     started: list[Launched] = []
     folder = tmp_path_factory.mktemp("launch")
 
-    def start(name: str, *flags: str, **options: Any) -> Launched:
+    def start(name: str, *flags: str, model: Path = gpu_model, **options: Any) -> Launched:
         config = folder / f"{name}.toml"
         rows = [f"{key} = {json.dumps(value)}" for key, value in sglang_options(**options).items()]
         config.write_text("\n".join(["[engine.sglang]", *rows, ""]))
         argv = ["-m", "milepost_engine", "serve", "--config", str(config), "--backend", "sglang"]
-        argv += ["--model", str(gpu_model), "--served-model-name", "tiny", "--port", free_port(), *flags]
+        argv += ["--model", str(model), "--served-model-name", "tiny", "--port", free_port(), *flags]
         launched = Launched(out / f"{name}.log", *argv, start_s=START_S)
         started.append(launched)
         return launched
@@ -143,7 +165,27 @@ def launch_bare(gpu_model: Path, out: Path) -> Iterator[Callable[..., tuple[Laun
         each.end()
 
 
-@pytest.fixture(scope="session")
-def nvidia_smi() -> str:
-    """The driver's tool, where it is."""
-    return shutil.which("nvidia-smi") or pytest.skip("nvidia-smi is not here")
+@pytest.fixture(scope="module")
+def start_fleet(
+    launch_sglang: Callable[..., Launched],
+    launch_bare: Callable[..., tuple[Launched, str]],
+    service: Callable[..., Launched],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Fleet]:
+    """Starts a buffer, a router and a launched engine; `bare`: and one known by its URL alone."""
+
+    def start(*, bare: bool, **launch: Any) -> Fleet:
+        url = launch_bare("bare")[1] if bare else ""
+        data = tmp_path_factory.mktemp("redis")
+        buffer = service("milepost_buffer", "--listen", "127.0.0.1:0", "--data_dir", str(data))
+        buffer_at = buffer.address(buffer.ready(), "grpc")
+        listen = ("--listen", "127.0.0.1:0", "--http_listen", "127.0.0.1:0")
+        known = ("--engines", url) if bare else ()
+        router = service("milepost_router", *listen, "--buffer", buffer_at, *known)
+        line = router.ready()
+        grpc, http = router.address(line, "grpc"), "http://" + router.address(line, "http")
+        launched = launch_sglang("launched", "--router", grpc, "--engine-id", "launched", **launch)
+        assert launched.ready(), launched.log.read_text()[-5000:]
+        return Fleet(launched, url, buffer_at, grpc, http, f"gpu-{uuid.uuid4().hex[:8]}")
+
+    return start

@@ -1,4 +1,4 @@
-"""The engine conformance suite against SGLang, as it is launched by default and drawing by seed."""
+"""The engine conformance suite against SGLang: as it is launched by default, by seed, with a memory saver."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE_S = 280.0
-DETERMINISTIC: dict[str, Any] = {"enable_deterministic_inference": True}
+LAUNCHES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "deterministic": {"enable_deterministic_inference": True},
+    "memory-saver": {"enable_memory_saver": True},
+}
 
 
 @pytest.mark.gpu(1)
 @pytest.mark.timeout(620)
-@pytest.mark.parametrize("name, options", [("default", {}), ("deterministic", DETERMINISTIC)])
-def test_sglang_conforms(launch_sglang, gpu_model, out, name, options):
-    launched = launch_sglang(f"conformance-{name}", **options)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_sglang_conforms(launch_sglang, gpu_model, out, name):
+    launched = launch_sglang(f"conformance-{name}", **LAUNCHES[name])
     line = launched.ready()
     assert line.startswith("engine ready "), launched.log.read_text()[-5000:]
     report = out / f"conformance-{name}.txt"
