@@ -109,7 +109,7 @@ class EngineApi:
 
     async def resume(self) -> None:
         """Goes on generating; no effect where it was not paused."""
-        await self._call("POST", "/continue_generation", {}, json_reply=False)
+        await self._call("POST", "/continue_generation", {"torch_empty_cache": False}, json_reply=False)
 
     async def abort_all(self) -> None:
         """Ends every request with the tokens it has."""

@@ -126,7 +126,14 @@ class Prober:
         if new and not ours and not version_string.is_written(text):
             await api.resume()  # a router that died in this very moment may have paused it
             await api.health(timeout_s=self._timeout_s)
+            await self._warm_up(record, api)
         return text
+
+    async def _warm_up(self, record: EngineRecord, api: EngineApi) -> None:
+        """Has its checksum compiled now, which takes seconds, instead of while it is paused for an update."""
+        if record.capabilities.checksum:
+            with contextlib.suppress(EngineFault):
+                await api.checksum()
 
     async def _settle(self, record: EngineRecord, api: EngineApi, *, new: bool) -> None:
         """Admits an engine with complete weights; frees one that an earlier router left in mid-update."""

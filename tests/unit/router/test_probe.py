@@ -202,7 +202,7 @@ async def test_the_routes_of_sglang_say_what_it_can_do(fake_engine):
         found = watch.record.capabilities
     assert (found.engine, found.update_session, found.checksum) == ("sglang 0.5.21", False, True)
     assert found.version_spans
-    assert set(fake.calls) == {"continue_generation"}, "looking changes nothing"
+    assert set(fake.calls) == {"continue_generation", "weights_checker"}, "looking changes nothing"
 
 
 async def test_what_a_launcher_registered_is_kept(fake_engine):
