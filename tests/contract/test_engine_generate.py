@@ -43,7 +43,10 @@ async def test_logprobs_are_those_of_the_tempered_distribution(client, reference
     prompt = ids("3+4=7\n5+5=")
     reply = await client.generate(prompt, max_new_tokens=24, temperature=temperature, ignore_eos=True)
     expected = reference.logprobs(prompt, reply["output_ids"], temperature=temperature)
-    assert _logprobs(reply) == pytest.approx(expected, abs=client.engine.tolerance)
+    tolerance = client.engine.tolerance / min(temperature, 1.0)  # logits are what is rounded
+    assert _logprobs(reply) == pytest.approx(expected, abs=tolerance)
+    errors = [abs(got - right) for got, right in zip(_logprobs(reply), expected, strict=True)]
+    assert sum(errors) / len(errors) < tolerance / 2
     assert [entry[1] for entry in reply["meta_info"]["output_token_logprobs"]] == reply["output_ids"]
 
 
@@ -78,7 +81,7 @@ async def test_greedy_takes_the_best_token_and_reports_it_at_temperature_one(cli
 
 
 async def test_prompt_logprobs(client, reference, ids):
-    prompt = ids("10+20=30\n")
+    prompt = ids("10+20=30+")  # without the vocabulary's last token, whose id SGLang tells as 0
     reply = await client.post(
         "/generate",
         {
@@ -179,6 +182,10 @@ async def test_a_seed_makes_the_draw_reproducible_whoever_else_runs(client, ids)
 
 
 async def test_n_samples_share_a_prompt_and_differ(client, reference, ids):
+    if client.engine.draws_by_seed and not client.engine.ours:
+        pytest.skip(
+            "SGLang draws all samples of a request by one seed under --enable-deterministic-inference"
+        )
     prompt = ids("12+7=")
     replies = await client.generate(prompt, n=4, max_new_tokens=20, temperature=1.0, ignore_eos=True)
     assert isinstance(replies, list)
