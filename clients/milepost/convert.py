@@ -5,7 +5,7 @@
 
 One plan per dataclass, made once from its fields and the message's descriptor, so that a field added on both
 sides needs nothing here. Names agree, except that a `Duration` field `x` is the attribute `x_s` in seconds.
-`Prompt` has a one-of and is written out by hand.
+Two are written out by hand: `Prompt`, for its one-of, and `Sample`, of which there are many: half the time.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def to_proto(value: Any) -> Any:
 
 def fill(message: Any, value: Any) -> None:
     """Writes a domain value into a message of its type, or of one with the same fields."""
-    if isinstance(value, t.Prompt):
-        _fill_prompt(message, value)
+    if by_hand := _BY_HAND.get(type(value)):
+        by_hand[0](message, value)
         return
     for write, _ in _plan(type(value)).values():
         write(message, value)
@@ -106,8 +106,8 @@ def fill(message: Any, value: Any) -> None:
 
 def from_proto(kind: type[T], message: Any) -> T:
     """The domain value of a message."""
-    if kind is t.Prompt:
-        return typing.cast(T, _read_prompt(message))
+    if by_hand := _BY_HAND.get(kind):
+        return by_hand[1](message)
     return kind(**{name: read(message) for name, (_, read) in _plan(kind).items()})
 
 
@@ -123,7 +123,9 @@ def make_group(
       traceparent: of the rollout; empty: it is not traced.
     """
     ordered = sorted(samples, key=lambda s: s.index)
-    message = sample_pb2.GroupPayload(prompt=to_proto(prompt), samples=[to_proto(s) for s in ordered])
+    message = sample_pb2.GroupPayload(prompt=to_proto(prompt))
+    for sample in ordered:
+        fill(message.samples.add(), sample)
     payload = message.SerializeToString()
     versions = {span.weight_version for s in ordered for span in s.version_spans}
     header = t.GroupHeader(
@@ -285,7 +287,9 @@ def _timestamp(name: str, attr: str) -> tuple[Step, Read]:
     return write, lambda m: getattr(m, name).ToDatetime(tzinfo=UTC) if m.HasField(name) else None
 
 
-# ---------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------------------------------------- by hand
+
+_INT32, _UINT8, _FLOAT32 = np.dtype("<i4"), np.dtype("|u1"), np.dtype("<f4")
 
 
 def _fill_prompt(message: Any, value: t.Prompt) -> None:
@@ -320,3 +324,48 @@ def _read_prompt(message: Any) -> t.Prompt:
         reward=message.reward,
         traceparent=message.traceparent,
     )
+
+
+def _fill_sample(message: Any, value: t.Sample) -> None:
+    message.index = value.index
+    message.tokens = _to_bytes(value.tokens, _INT32)
+    message.loss_mask = _to_bytes(value.loss_mask, _UINT8)
+    message.logprobs = _to_bytes(value.logprobs, _FLOAT32)
+    message.prompt_length = value.prompt_length
+    for span in value.version_spans:
+        message.version_spans.add(start=span.start, end=span.end, weight_version=span.weight_version)
+    message.version_spans_exact = value.version_spans_exact
+    message.reward = value.reward
+    message.outcome = value.outcome
+    if value.reward_parts:
+        message.reward_parts.update(value.reward_parts)
+    for name in _SAMPLE_TEXTS:
+        if text := getattr(value, name):
+            setattr(message, name, text)
+
+
+def _read_sample(message: Any) -> t.Sample:
+    return t.Sample(
+        index=message.index,
+        tokens=np.frombuffer(message.tokens, _INT32),
+        loss_mask=np.frombuffer(message.loss_mask, _UINT8),
+        logprobs=np.frombuffer(message.logprobs, _FLOAT32),
+        prompt_length=message.prompt_length,
+        version_spans=tuple(from_proto(t.VersionSpan, span) for span in message.version_spans),
+        version_spans_exact=message.version_spans_exact,
+        reward=message.reward,
+        reward_parts=dict(message.reward_parts),
+        outcome=t.Outcome(message.outcome),
+        **{name: getattr(message, name) for name in _SAMPLE_TEXTS},
+    )
+
+
+def _to_bytes(array: np.ndarray[Any, Any], wire: np.dtype[Any]) -> bytes:
+    return (array if array.dtype == wire else array.astype(wire)).tobytes()
+
+
+_SAMPLE_TEXTS = ("text", "error", "metadata_json", "engine_id", "traceparent")
+_BY_HAND: Mapping[type, tuple[Step, Read]] = {
+    t.Prompt: (_fill_prompt, _read_prompt),
+    t.Sample: (_fill_sample, _read_sample),
+}
