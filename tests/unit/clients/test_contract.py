@@ -80,7 +80,13 @@ def test_a_sample_survives_the_wire() -> None:
         reward_parts={"a": 1.0},
         outcome=t.Outcome.TRUNCATED,
         text="x",
+        error="late",
+        metadata_json="{}",
+        engine_id="e0",
+        traceparent="00-1-2-01",
     )
+    unset = [f.name for f in dataclasses.fields(t.Sample) if not np.any(getattr(sample, f.name))]
+    assert unset == [], "give each field of the sample a value, so that none is forgotten"
     prompt = t.Prompt(
         prompt_id="p", messages=(t.ChatMessage(role="user", content="hi"),), sampling=t.SamplingParams(seed=1)
     )
