@@ -106,7 +106,10 @@ def python(module: str, *args: object) -> tuple[str, ...]:
 
 
 def clean_environment() -> dict[str, str]:
-    """Our environment without settings of Milepost, which would reach the services that are measured."""
+    """Our environment without settings of Milepost, which would reach the services that are measured; but
+    metrics are served on free ports, so that nobody is in the way."""
     root = str(Path(__file__).resolve().parents[1])
     ours = {k: v for k, v in os.environ.items() if not k.startswith("MILEPOST_")}
-    return {**ours, "MILEPOST_DIE_WITH_PARENT": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    services = ("BUFFER", "ROUTER", "ROLLOUT", "TRAINER", "ENGINE")
+    ports = {f"MILEPOST_{service}__METRICS_LISTEN": "127.0.0.1:0" for service in services}
+    return {**ours, **ports, "MILEPOST_DIE_WITH_PARENT": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}

@@ -15,6 +15,8 @@ from milepost_common.up.readiness import parse_readiness
         ("milepost engine ready http=http://127.0.0.1:30000 model=m", {"http": "127.0.0.1:30000"}),
         ("engine ready http://127.0.0.1:30000 model=/m dialect=0.5.21", {"http": "127.0.0.1:30000"}),
         ("engine ready http://127.0.0.1:30000/", {"http": "127.0.0.1:30000"}),
+        ("milepost buffer ready grpc=a:1 metrics=b:2", {"grpc": "a:1", "metrics": "b:2"}),
+        ("engine ready http://a:1 model=m metrics=b:2", {"http": "a:1", "metrics": "b:2"}),
         ("milepost trainer ready", {}),
     ],
 )

@@ -101,6 +101,23 @@ def test_children_are_told_where_the_others_are() -> None:
     assert feed["--acknowledged"] == "runs/x/acknowledged.jsonl"
 
 
+def test_metrics_take_the_configured_ports_free_ones_or_none() -> None:
+    made = plan(FILE, "--engines", "2")
+    assert "--metrics_listen" not in flags_of(made, "buffer")
+    assert "--metrics_listen" not in flags_of(made, "engine-0")
+    assert flags_of(made, "engine-1")["--metrics_listen"] == "127.0.0.1:9106"
+
+    free = plan(FILE, "--engines", "2", "--ports", "free")
+    at = AT | {"buffer": {"grpc": "b:1", "metrics": "127.0.0.1:4444"}}
+    assert flags_of(free, "buffer", at)["--metrics_listen"] == "127.0.0.1:4444", "the same after a restart"
+    for name in ("router", "engine-0", "engine-1", "rollout", "trainer"):
+        assert flags_of(free, name)["--metrics_listen"] == "127.0.0.1:0", name
+
+    off = plan(FILE, "--ports", "free", environ={"MILEPOST_ENGINE__METRICS_LISTEN": ""})
+    assert "--metrics_listen" not in flags_of(off, "engine-0")
+    assert "--metrics_listen" in flags_of(off, "router")
+
+
 def test_what_nobody_set_lies_in_the_run_folder_and_uses_the_trainers_model() -> None:
     made = plan()
     assert flags_of(made, "buffer")["--data_dir"] == "runs/x/redis"
