@@ -26,6 +26,9 @@ CALL_TIMEOUT_S = 8.0
 RETRY_S = 0.1
 QUIET_S = 2.0
 
+CALL_ERRORS = (RedisError, OSError, RuntimeError)
+"""What a call to Redis may raise; RuntimeError is uvloop's, see `is_closed`."""
+
 log = logging.getLogger(__name__)
 
 
@@ -148,6 +151,11 @@ def check_durability(
             reason="REDIS_WITHOUT_AOF",
             metadata={"appendonly": "no"},
         )
+
+
+def is_closed(error: Exception) -> bool:
+    """Uvloop's word for a connection that broke between two calls, before redis-py has noticed."""
+    return isinstance(error, RuntimeError) and "the handler is closed" in str(error)
 
 
 def without_password(url: str) -> str:

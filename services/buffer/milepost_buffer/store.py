@@ -11,7 +11,7 @@ from typing import Any
 from redis import exceptions as redis_errors
 
 from milepost import errors
-from milepost_buffer.connection import RedisLink
+from milepost_buffer.connection import CALL_ERRORS, RedisLink, is_closed
 from milepost_buffer.metrics import REDIS_ERRORS, REDIS_SECONDS
 from milepost_buffer.refusals import refusal
 from milepost_common.metrics import Counter, Histogram
@@ -72,7 +72,7 @@ class Store:
                 return await redis.execute_command("EVALSHA", self._sha, 1, *args)
             except redis_errors.NoScriptError:
                 return await redis.execute_command("EVAL", self._source, 1, *args)
-        except (redis_errors.RedisError, OSError) as error:
+        except CALL_ERRORS as error:
             raise self.translate(error) from error
 
     def translate(self, error: Exception) -> errors.MilepostError:
@@ -89,7 +89,11 @@ class Store:
                 retry_after_s=RETRY_AFTER_S,
             )
         away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError, OSError)
-        if isinstance(error, away) or str(error).startswith(("MISCONF", "MASTERDOWN", "LOADING", "BUSY")):
+        if (
+            isinstance(error, away)
+            or is_closed(error)
+            or str(error).startswith(("MISCONF", "MASTERDOWN", "LOADING", "BUSY"))
+        ):
             return errors.Unavailable(
                 f"redis {self.link.url} is away ({error}); waiting for it",
                 reason="REDIS_AWAY",
@@ -110,5 +114,5 @@ class Store:
             reply = await redis.execute_command(*args)
             self.seconds.record(time.perf_counter() - started, str(args[0]).lower())
             return reply
-        except (redis_errors.RedisError, OSError) as error:
+        except CALL_ERRORS as error:
             raise self.translate(error) from error

@@ -19,9 +19,7 @@ from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from redis.exceptions import RedisError
-
-from milepost_buffer.connection import RedisLink
+from milepost_buffer.connection import CALL_ERRORS, RedisLink
 from milepost_buffer.metrics import WAITED
 from milepost_common.metrics import Counter
 
@@ -127,7 +125,7 @@ class Bell:
         while not self._closing:
             try:
                 await self._subscribe()
-            except (RedisError, OSError) as error:
+            except CALL_ERRORS as error:
                 log.debug("wake subscription: %s", error)
             finally:
                 self._subscribed = False

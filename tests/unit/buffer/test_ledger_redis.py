@@ -8,14 +8,16 @@ import signal
 import time
 
 import pytest
+import uvloop
 from redis.asyncio import Redis
 
 from milepost import errors
 from milepost import types as t
 from milepost_buffer import wake
-from milepost_buffer.connection import SCHEMA_KEY, check_durability, without_password
+from milepost_buffer.connection import SCHEMA_KEY, RedisLink, check_durability, without_password
 from milepost_buffer.embedded import EmbeddedRedis
 from milepost_buffer.ledger import open_ledger
+from milepost_buffer.store import Store
 from milepost_buffer.wake import Answer, Bell
 
 SOON_S = 10.0
@@ -192,6 +194,23 @@ async def test_a_subscription_to_a_redis_that_fell_silent_is_made_anew(tmp_path,
             os.kill(redis.pid, signal.SIGCONT)
         await _until_listening(ledger.bell, "r")
         waiting.cancel()
+
+
+def test_a_connection_that_broke_between_two_calls_means_that_redis_is_away() -> None:
+    store = Store(RedisLink("redis://127.0.0.1:1"))
+    assert isinstance(store.translate(uvloop.run(_write_to_a_closed_connection())), errors.Unavailable)
+    assert isinstance(store.translate(RuntimeError("some defect")), errors.Internal)
+
+
+async def _write_to_a_closed_connection() -> Exception:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    async with server:
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.transport.abort()
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError) as caught:
+            writer.writelines([b"*1", b"PING"])
+    return caught.value
 
 
 async def _until_listening(bell: Bell, run_id: str) -> None:
