@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from milepost_common.metrics.instruments import Counter, Histogram, Instrument, Kind, Spec
+from milepost_common.metrics.instruments import Cell, Counter, Histogram, Instrument, Kind, Series, Spec
 
 CALLS = Spec(
     "milepost_grpc_calls",
@@ -32,6 +32,7 @@ class CallMeter:
 
     def __init__(self) -> None:
         self.calls, self.seconds = Counter(CALLS), Histogram(CALL_SECONDS)
+        self._known: dict[str, tuple[str, Cell, Series]] = {}
 
     @property
     def instruments(self) -> tuple[Instrument, ...]:
@@ -44,9 +45,17 @@ class CallMeter:
 
     def answered(self, method: str, code: str, *, started: float) -> None:
         """A unary call ended that began at `started` (`time.perf_counter`)."""
+        name, ok, series = self._known.get(method) or self._learn(method)
+        series.record(time.perf_counter() - started)
+        if code is OK:
+            ok.value += 1
+        else:
+            self.calls.add(name, code)
+
+    def _learn(self, method: str) -> tuple[str, Cell, Series]:
         name = _short(method)
-        self.calls.add(name, code)
-        self.seconds.record(time.perf_counter() - started, name)
+        known = self._known[method] = (name, self.calls.cell(name, OK), self.seconds.series(name))
+        return known
 
 
 def _short(method: str) -> str:

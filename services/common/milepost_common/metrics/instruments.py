@@ -159,7 +159,7 @@ class Gauge(_Cells):
         self.cell(*labels).value = value
 
 
-class _Slots:
+class Series:
     """A histogram's series."""
 
     __slots__ = ("_bounds", "counts", "total")
@@ -180,17 +180,17 @@ class Histogram(Instrument):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self._series: dict[Labels, _Slots] = {}
+        self._series: dict[Labels, Series] = {}
         if not spec.labels:
             self.series()
 
-    def series(self, *labels: str) -> _Slots:
+    def series(self, *labels: str) -> Series:
         """The series of these label values, to record into."""
         found = self._series.get(labels)
         if found is None:
             if len(self._series) >= MAX_SERIES:
                 labels = (OTHER,) * len(self.spec.labels)
-            found = self._series.setdefault(labels, _Slots(self.spec.bounds))
+            found = self._series.setdefault(labels, Series(self.spec.bounds))
         return found
 
     def record(self, value: float, *labels: str) -> None:
@@ -200,8 +200,8 @@ class Histogram(Instrument):
     def read(self) -> Iterable[Reading]:
         """Every series."""
         return [
-            (labels, Buckets(tuple(slots.counts), slots.total))
-            for labels, slots in self._series.copy().items()
+            (labels, Buckets(tuple(series.counts), series.total))
+            for labels, series in self._series.copy().items()
         ]
 
 
