@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     endpoint: str = ""
     spans: list[Told] = field(default_factory=list[Told])
     lock: threading.Lock = field(default_factory=threading.Lock)
+    on_spans: Callable[[], None] | None = None
 
     def Export(self, request: Any, context: Any) -> Any:
         """Takes spans."""
@@ -49,6 +50,8 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         ]
         with self.lock:
             self.spans.extend(arrived)
+        if self.on_spans:
+            self.on_spans()
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def of_trace(self, trace_id: str) -> list[Told]:
