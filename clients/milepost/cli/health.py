@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import urllib.error
 import urllib.request
 from typing import Any
@@ -107,6 +108,8 @@ def check_url(url: str, *, timeout_s: float) -> None:
         if isinstance(error.reason, TimeoutError):
             raise _late(url, timeout_s) from error
         raise Unavailable(f"{url} does not answer: {error.reason}", reason="NOT_SERVING") from error
+    except http.client.HTTPException as error:
+        raise Unavailable(f"{url} answers no HTTP: {error!r}", reason="NOT_SERVING") from error
     if status != 200:
         raise Unavailable(f"{url} answers {status}", reason="NOT_SERVING")
 

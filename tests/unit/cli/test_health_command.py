@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from milepost.cli import main as cli
-from milepost.cli.health import check
+from milepost.cli.health import check, check_url
 from milepost.errors import InvalidArgument, NotFound, Unavailable
 from milepost_common.server import GrpcServer
 
@@ -54,6 +54,29 @@ async def test_the_command_ends_with_0_where_it_serves(
 ) -> None:
     assert await asyncio.to_thread(cli.main, ["health", server.address]) == cli.OK
     assert "serves" in capsys.readouterr().out
+
+
+async def test_who_speaks_no_http_does_not_serve() -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"220 mail.example ESMTP\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Unavailable, match="answers no HTTP"):
+            await asyncio.to_thread(check_url, f"http://127.0.0.1:{port}/health", timeout_s=5.0)
+
+
+async def test_who_waits_for_a_server_finds_it_once_it_listens(free_port: int) -> None:
+    asking = asyncio.create_task(check(f"127.0.0.1:{free_port}", timeout_s=20.0, wait_for_ready=True))
+    with pytest.raises(Unavailable):
+        await check(f"127.0.0.1:{free_port}", timeout_s=20.0)
+    assert not asking.done()
+    async with GrpcServer(listen=f"127.0.0.1:{free_port}", grace_s=0.1) as server:
+        await server.start()
+        await asking
 
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "http://127.0.0.1:{}/health"])

@@ -147,7 +147,9 @@ class Supervisor:
             return await kept.child.wait()
         finally:
             watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            (defect,) = await asyncio.gather(watching, return_exceptions=True)
+            if isinstance(defect, Exception):
+                self._tell(kept, f"its health was not looked at: {type(defect).__name__}: {defect}")
 
     async def _watch(self, kept: _Kept, child: Child) -> None:
         """Kills a child that was ready and answers no more: stopped, swapped out or stuck."""
