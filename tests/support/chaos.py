@@ -277,7 +277,8 @@ class Siege:
         """Starts the same service a second time, on a port of its own."""
         words = Path(f"/proc/{self.pid(victim)}/cmdline").read_bytes().decode().split("\0")[:-1]
         at = words.index("--listen")
-        command = [*words[:at], *words[at + 2 :], "--listen", "127.0.0.1:0", *flags]
+        own = ["--listen", "127.0.0.1:0", "--metrics_listen", ""]
+        command = [*words[:at], *words[at + 2 :], *own, *flags]
         environ = os.environ | {"MILEPOST_DIE_WITH_PARENT": "1"}
         with (self.stack.run_dir / "logs" / f"{victim}-double.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.stack.run_dir, env=environ)
