@@ -345,19 +345,29 @@ def _fill_sample(message: Any, value: t.Sample) -> None:
 
 
 def _read_sample(message: Any) -> t.Sample:
-    return t.Sample(
+    sample = object.__new__(t.Sample)  # a frozen dataclass sets its sixteen fields one call each
+    sample.__dict__.update(
         index=message.index,
         tokens=np.frombuffer(message.tokens, _INT32),
         loss_mask=np.frombuffer(message.loss_mask, _UINT8),
         logprobs=np.frombuffer(message.logprobs, _FLOAT32),
         prompt_length=message.prompt_length,
-        version_spans=tuple(from_proto(t.VersionSpan, span) for span in message.version_spans),
+        version_spans=tuple([_read_span(span) for span in message.version_spans]),
         version_spans_exact=message.version_spans_exact,
         reward=message.reward,
         reward_parts=dict(message.reward_parts),
         outcome=t.Outcome(message.outcome),
-        **{name: getattr(message, name) for name in _SAMPLE_TEXTS},
+        text=message.text,
+        error=message.error,
+        metadata_json=message.metadata_json,
+        engine_id=message.engine_id,
+        traceparent=message.traceparent,
     )
+    return sample
+
+
+def _read_span(message: Any) -> t.VersionSpan:
+    return t.VersionSpan(start=message.start, end=message.end, weight_version=message.weight_version)
 
 
 def _to_bytes(array: np.ndarray[Any, Any], wire: np.dtype[Any]) -> bytes:

@@ -137,7 +137,9 @@ class BufferClient(ServiceClient):
 
     async def put_groups(self, run_id: str, *, groups: Sequence[t.Group]) -> tuple[t.SealResult, ...]:
         """Seals groups, each on its own; one result a group, in order."""
-        request = pb.PutGroupsRequest(run_id=run_id, groups=[to_proto(g) for g in groups])
+        request = pb.PutGroupsRequest(run_id=run_id)
+        for group in groups:
+            fill(request.groups.add(), group)  # in place: a message that is given is copied, payload and all
         reply = await self._call(self._stub.PutGroups, request)
         return tuple(from_proto(t.SealResult, r) for r in reply.results)
 
