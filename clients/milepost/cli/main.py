@@ -17,6 +17,7 @@ import asyncio
 import importlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -89,6 +90,9 @@ class _Terminated(KeyboardInterrupt):
 def _sigterm_interrupts() -> Generator[None]:
     """SIGTERM ends a command as Ctrl-C does: in order, and also where it is the first process of a container,
     to which a SIGTERM without a handler does nothing."""
+    if threading.current_thread() is not threading.main_thread():  # Python takes handlers there alone
+        yield
+        return
     came: list[int] = []
 
     def on_sigterm(number: int, _frame: object) -> None:
