@@ -1,4 +1,4 @@
-"""Child processes of a benchmark: started with a deadline, killed with their parent, ended when their block ends."""
+"""Child processes of a benchmark: started with a deadline, killed with their parent, ended in the end."""
 
 from __future__ import annotations
 

@@ -59,7 +59,9 @@ class Load:
       headers: besides those that every request needs.
     """
 
-    def __init__(self, url: str, *, body: bytes, expected: bytes, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, url: str, *, body: bytes, expected: bytes, headers: dict[str, str] | None = None
+    ) -> None:
         parts = urlsplit(url)
         self._host, self._port = parts.hostname or "", parts.port or 80
         self._expected = expected

@@ -3,12 +3,13 @@
     ours, reference = await take_turns(size.runs, ours=one_run, reference=other_run)
     row = ratio_row("router_small", ours, reference, unit="us of CPU per request", target=0.75)
 
-CPU is user and system time of every thread, in nanoseconds (`/proc/<pid>/task/*/schedstat`). Time of threads that
-ended in between is added from the process's own account, which counts in ticks of 10 ms.
+CPU is user and system time of every thread, in nanoseconds (`/proc/<pid>/task/*/schedstat`). Where threads
+ended in between the process's own account counts, in ticks of 10 ms.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -123,8 +124,8 @@ class _Account:
 class CpuMeter:
     """CPU seconds that processes and their descendants use from its making on.
 
-    Processes that start later and are descendants count from their start; those that ended are lost, so a benchmark
-    reads the meter while its processes live.
+    Descendants that start later count from their start; processes that ended are lost, so a benchmark reads
+    the meter while its own live.
 
     Args:
       roots: process ids.
@@ -134,17 +135,25 @@ class CpuMeter:
         self._roots = roots
         self._before = {pid: _account(pid) for pid in family(roots)}
 
+    @staticmethod
+    def used_by(*roots: int) -> float:
+        """CPU seconds of processes and their descendants since these started."""
+        return sum(_spent(None, _account(pid)) for pid in family(roots))
+
     def seconds(self) -> float:
         """CPU seconds since the start."""
         return sum(self.by_process().values())
 
     def by_process(self) -> dict[int, float]:
         """CPU seconds since the start of each process."""
-        return {pid: _spent(self._before.get(pid), _account(pid)) for pid in family(self._roots)}
+        now = {pid: _account(pid) for pid in family(self._roots)}
+        return {pid: _spent(self._before.get(pid), account) for pid, account in now.items()}
 
 
 def _spent(before: _Account | None, now: _Account) -> float:
     old = before.threads if before is not None else {}
+    if not now.threads:
+        return 0.0
     precise_s = sum(ns - old.get(thread, 0) for thread, ns in now.threads.items()) / 1e9
     coarse_s = now.total_s - (before.total_s if before is not None else 0.0)
     ended = not old.keys() <= now.threads.keys()
@@ -153,13 +162,13 @@ def _spent(before: _Account | None, now: _Account) -> float:
 
 def _account(pid: int) -> _Account:
     threads: dict[str, int] = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        try:
-            threads[task.name] = int((task / "schedstat").read_text().split()[0])
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
-    stat = _stat(pid)
-    return _Account(threads, (int(stat[_UTIME]) + int(stat[_STIME])) / TICKS_PER_S)
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                threads[task.name] = int((task / "schedstat").read_text().split()[0])
+        stat = _stat(pid)
+        return _Account(threads, (int(stat[_UTIME]) + int(stat[_STIME])) / TICKS_PER_S)
+    return _Account({}, 0.0)
 
 
 def _stat(pid: int | str) -> list[str]:

@@ -2,8 +2,8 @@
 
     32 connections ──> milepost_router, or sglang-router ──> two engines in one process (benchmarks.upstream)
 
-The same engines, the same load, in turns; the CPU of the router's processes alone. Every reply is compared with what
-the engine sent, and the engines count what reached them.
+The same engines, the same load, in turns; the CPU of the router's processes alone. Every reply is compared with
+what the engine sent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.children import Child, ChildFailed, child, python
+from benchmarks.children import Child, child, python
 from benchmarks.load import Load, WrongReply
 from benchmarks.measure import CpuMeter, Row, Side, Size, ratio_row, take_turns
 from benchmarks.upstream import reply_body, request_body
@@ -42,7 +42,10 @@ async def measure(size: Size, folder: Path) -> list[Row]:
         _sglang(engines_url, folder) as sglang,
     ):
         rows: list[Row] = []
-        for name, large, full in (("router_small", False, REQUESTS_SMALL), ("router_64k", True, REQUESTS_LARGE)):
+        for name, large, full in (
+            ("router_small", False, REQUESTS_SMALL),
+            ("router_64k", True, REQUESTS_LARGE),
+        ):
             count = size.of(full, least=200)
             runs = await take_turns(
                 size.runs,
@@ -69,7 +72,16 @@ def _side(router: Served, *, large: bool, count: int) -> Side:
 
 @asynccontextmanager
 async def _ours(engines: list[str], folder: Path) -> AsyncGenerator[Served]:
-    flags = ("--listen", "127.0.0.1:0", "--http_listen", "127.0.0.1:0", "--buffer", "", "--engines", ",".join(engines))
+    flags = (
+        "--listen",
+        "127.0.0.1:0",
+        "--http_listen",
+        "127.0.0.1:0",
+        "--buffer",
+        "",
+        "--engines",
+        ",".join(engines),
+    )
     async with child("milepost_router", *python("milepost_router", "serve", *flags), folder=folder) as router:
         await router.ready()
         served = Served(process=router, url=f"http://{router.address('http')}")
@@ -90,7 +102,7 @@ async def _sglang(engines: list[str], folder: Path) -> AsyncGenerator[Served]:
         yield served
 
 
-async def _answers(router: Served, *, within_s: float = 60.0) -> None:
+async def _answers(router: Served, *, within_s: float = 30.0) -> None:
     """Waits until the router passes requests on to its engines."""
     load = Load(f"{router.url}/generate", body=request_body(large=False), expected=reply_body(large=False))
     why: Exception | None = None
@@ -105,6 +117,3 @@ async def _answers(router: Served, *, within_s: float = 60.0) -> None:
                 await asyncio.sleep(0.1)
     except TimeoutError:
         raise router.process.failed(f"no right answer within {within_s:g} s: {why}") from None
-
-
-__all__ = ["ChildFailed", "measure"]

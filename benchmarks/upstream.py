@@ -1,9 +1,9 @@
-"""A cheap engine for the routers that are measured: a bare HTTP server which answers at once with a fixed reply.
+"""A cheap engine for the routers that are measured: a bare HTTP server with one fixed reply a size.
 
     python -m benchmarks.upstream PORTS            # prints `upstream ready http://host:port,http://host:port`
 
-`/generate` answers with the small reply, or with 64 KiB where the request's text says so; every other path answers with
-what routers ask of an engine. It counts what it answered: `GET /count`.
+`/generate` answers at once with the small reply, or with 64 KiB where the request says so; every other path
+answers with what routers ask of an engine.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ def request_body(*, large: bool) -> bytes:
 
 def reply_body(*, large: bool) -> bytes:
     """The reply to it, of about 500 bytes or of exactly 64 KiB."""
-    meta = {"finish_reason": {"type": "length", "length": 64}, "weight_version": "run/1/0", "completion_tokens": 64}
+    meta = {
+        "finish_reason": {"type": "length", "length": 64},
+        "weight_version": "run/1/0",
+        "completion_tokens": 64,
+    }
     reply = {"text": "", "output_ids": list(range(100, 164)), "meta_info": meta}
     if large:
         reply["text"] = "x" * (LARGE_BYTES - len(json.dumps(reply)))
@@ -60,8 +64,6 @@ _INFO_REPLY = _message(json.dumps(INFO).encode())
 class Engine(asyncio.Protocol):
     """One connection to the engine."""
 
-    answered = 0
-
     def __init__(self) -> None:
         self._rest = b""
 
@@ -82,10 +84,7 @@ class Engine(asyncio.Protocol):
 
     def _answer(self, path: bytes, body: bytes) -> bytes:
         if path == b"/generate":
-            Engine.answered += 1
             return _LARGE_REPLY if LARGE in body else _SMALL_REPLY
-        if path == b"/count":
-            return _message(b"%d" % Engine.answered)
         return _INFO_REPLY
 
 
