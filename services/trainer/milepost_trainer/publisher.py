@@ -4,7 +4,8 @@
 
 Wanted is a state, not an event: the label that is due is not published yet, or an engine of the run does not
 serve the newest label. Whoever holds the weights still (the step loop, between micro-batches, while it waits)
-calls ``catch_up``; it makes at most one transaction and never raises for a fleet that fails, only backs off.
+calls ``catch_up``; it makes a transaction, and one more for engines that were left out of it, and never raises
+for a fleet that fails, only backs off.
 
     due > published          new version with the label of the current weights
     engines lag behind       the published version again, for them, if the current weights are still its; else
@@ -190,7 +191,7 @@ class Publisher:
     # ------------------------------------------------------------------ publishing
 
     async def catch_up(self) -> bool:
-        """Publish once if that is wanted; the weights must stand still meanwhile.
+        """Publish if that is wanted; the weights must stand still meanwhile.
 
         Returns:
             True when engines were given weights.
@@ -199,8 +200,15 @@ class Publisher:
             StaleTerm: another trainer took over.
         """
         self.changed.clear()
+        committed = await self._catch_up()
+        if committed is not None and self._left_out(committed):
+            await self._catch_up()
+        return committed is not None
+
+    async def _catch_up(self) -> t.Committed | None:
+        """One transaction, if it is wanted; None where it was not, or came to nothing."""
         if not self.wanted:
-            return False
+            return None
         again = not self._is_due and self.label == self.published.label and self._own
         version = self.published.version if again else 0
         self._times.enter(PUBLISHING)
@@ -215,13 +223,13 @@ class Publisher:
             if again and isinstance(error, FailedPrecondition | NotFound):
                 self._own = False  # the ledger does not hold that version any more: a new one, then
             self._back_off(str(error) or f"deadline of {self._settings.timeout_s:.0f} s passed")
-            return False
+            return None
         if committed is None:  # the fleet as we see it is older than the router's
             self._not_before = time.monotonic() + self._settings.retry_delay_s
             self._outcomes.add(NOBODY)
             self._times.enter(WAITING)
             self._adopt()
-            return False
+            return None
         self._failures, self._not_before = 0, 0.0
         self.published, self._own = Published(committed.version, self.label), True
         self._outcomes.add(PUBLISHED)
@@ -229,7 +237,16 @@ class Publisher:
         self._times.enter(IDLE)
         for engine, why in committed.quarantined.items():
             log.warning("engine %s is quarantined: %s", engine, why)
-        return True
+        return committed
+
+    def _left_out(self, committed: t.Committed) -> bool:
+        """Engines lacked weights and were no members: the router gives them a transaction apart, or none."""
+        lacking = {
+            e.engine_id
+            for e in self._fleet.engines
+            if e.state in (t.EngineState.STALE, t.EngineState.QUARANTINED) and e.run_id in ("", self._run_id)
+        }
+        return not lacking <= {*committed.serving, *committed.quarantined}
 
     def _adopt(self) -> None:
         """Take what engines serve for published: the answer to an earlier commit may have been lost."""

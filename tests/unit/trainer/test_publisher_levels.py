@@ -34,6 +34,8 @@ class FakeRouter:
         self.hang_at = ""
         self.hanging = asyncio.Event()
         self.next_version = 1
+        self.most: int | None = None  # members of a transaction; None: all who lack weights
+        self.members: tuple[str, ...] = ()
 
     def set_engine(self, name: str, state: t.EngineState, label: int = 0) -> None:
         self.engines[name] = t.Engine(engine_id=name, url="", run_id="run", state=state, weight_label=label)
@@ -65,13 +67,14 @@ class FakeRouter:
         lacking = [
             e for e in self.engines.values() if e.state is not serving or e.weight_label != request.label
         ]
+        self.members = tuple(e.engine_id for e in lacking)[: self.most]
         version = request.version or self.next_version
         self.next_version = max(self.next_version, version + 1)
         return t.Prepared(
             transaction_id=f"t{len(self.requests)}",
             version=version,
             fleet_epoch=5,
-            members=tuple(t.WeightMember(engine_id=e.engine_id) for e in lacking),
+            members=tuple(t.WeightMember(engine_id=name) for name in self.members),
         )
 
     async def update_weights(
@@ -93,13 +96,16 @@ class FakeRouter:
         version = request.version or self.next_version - 1
         self.committed.append(version)
         assert num_buckets == len(BUCKETS)
-        for name, engine in self.engines.items():
+        for name in self.members:
             self.engines[name] = replace(
-                engine, state=t.EngineState.SERVING, weight_version=version, weight_label=request.label
+                self.engines[name],
+                state=t.EngineState.SERVING,
+                weight_version=version,
+                weight_label=request.label,
             )
         self.tell()
         await self._at("answer to the commit")
-        return t.Committed(version=version, serving=tuple(self.engines), published=True)
+        return t.Committed(version=version, serving=self.members, published=True)
 
     async def abort_weights(self, transaction_id: str, **_: Any) -> tuple[str, ...]:
         self.aborted.append(transaction_id)
@@ -210,6 +216,16 @@ async def test_a_late_engine_gets_the_published_version(bench: Bench) -> None:
     assert await bench.publisher.catch_up()
     assert (bench.router.requests[1].version, bench.router.requests[1].attempt) == (1, 2)
     assert bench.publisher.published == Published(version=1, label=0)
+
+
+async def test_engines_that_are_left_out_get_the_same_version_right_after(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    bench.router.set_engine("loner", t.EngineState.STALE)
+    await bench.heard()
+    bench.router.most = 1
+    assert await bench.publisher.catch_up()
+    assert [(r.label, r.version) for r in bench.router.requests] == [(0, 0), (0, 1)]
+    assert {e.weight_version for e in bench.router.engines.values()} == {1}
 
 
 async def test_weights_between_publications_need_a_number_of_their_own(bench: Bench) -> None:
