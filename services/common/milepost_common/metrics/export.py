@@ -29,7 +29,6 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics import export as sdk
-from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, start_http_server
 
@@ -37,6 +36,7 @@ from milepost import __version__, errors
 from milepost.channel import check_address
 from milepost_common.metrics.instruments import Buckets, Instrument, Kind, Labels, Reading, Spec
 from milepost_common.settings import TelemetrySettings
+from milepost_common.telemetry.resource import resource_of
 
 INFO = Spec(
     "milepost_info",
@@ -237,7 +237,7 @@ def _pushed(bridge: Bridge, endpoint: str) -> sdk.MetricReader:
 
 
 def _provider(service: str, readers: Sequence[sdk.MetricReader]) -> MeterProvider:
-    resource = Resource.create({"service.name": f"milepost-{service}", "service.version": __version__})
+    resource = resource_of(service)
     provider = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
 
     def info(_: CallbackOptions) -> list[Observation]:
