@@ -63,11 +63,21 @@ class Stack:
     def launch(cls, run_dir: Path, model: Path, *flags: str, **changes: Any) -> Stack:
         """Starts one in a folder, which gives the run its name; `changes` are for `write_config`."""
         run_dir.mkdir()
-        config = write_config(run_dir, model, **changes)
+        write_config(run_dir, model, **changes)
+        return cls._start(run_dir, *flags)
+
+    @classmethod
+    def _start(cls, run_dir: Path, *flags: str) -> Stack:
+        config = run_dir / "milepost.toml"
         command = [MILEPOST, "up", "--config", str(config), "--ports", "free", *flags]
-        with (run_dir / "up.log").open("wb") as log:
+        with (run_dir / "up.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, cwd=run_dir)
         return cls(run_id=run_dir.name, run_dir=run_dir, process=process)
+
+    def again(self, *flags: str) -> Stack:
+        """One more `milepost up` in the folder of this one, which has stopped."""
+        (self.run_dir / "up.json").unlink(missing_ok=True)
+        return self._start(self.run_dir, *flags)
 
     def service(self, name: str) -> dict[str, Any]:
         """What up.json says of a service."""

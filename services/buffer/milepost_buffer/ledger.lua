@@ -1074,6 +1074,7 @@ function C.audit_rows()
   elseif held[1] ~= token then
     return fail('AUDIT_REPLACED')
   end
+  call('HDEL', P .. 'audit', 'at')  -- a full Redis refuses what grows, unless something else was written before
   call('HSET', P .. 'audit', 'at', key_of(now()))
   problems = {}
   local tally = {counts = {}, lost = 0, beyond = 0, max_age = 0}

@@ -18,6 +18,8 @@ from milepost_common.metrics import Counter, Histogram
 
 RUNS_KEY = "mp:runs"
 RETRY_AFTER_S = 1.0
+_OUT_OF_MEMORY = "OOM command not allowed"
+"""Within the words of a script's error: a Redis before 7 gives that no name of its own."""
 
 Arg = str | bytes | int
 Clock = Callable[[], int | None]
@@ -82,7 +84,7 @@ class Store:
         return translated
 
     def _translate(self, error: Exception) -> errors.MilepostError:
-        if isinstance(error, redis_errors.OutOfMemoryError):
+        if isinstance(error, redis_errors.OutOfMemoryError) or _OUT_OF_MEMORY in str(error):
             return errors.ResourceExhausted(
                 f"redis {self.link.url} is full: {error}; raise its maxmemory, or lower max_payload_bytes",
                 reason="REDIS_FULL",

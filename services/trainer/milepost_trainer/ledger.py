@@ -1,7 +1,8 @@
 """The run's ledger as the publisher sees it: patient calls, and restating after Redis forgot.
 
-A call that meets an absent or slow buffer is asked again until it answers: training waits, nothing is lost,
-and the caller ends it by cancelling. When the Redis behind the buffer changes its identity, it may have
+A call that meets an absent or slow buffer, or a full Redis, is asked again until it is answered: training
+waits, nothing is lost, and the caller ends it by cancelling. `full` is set each time Redis refused for want
+of memory: a checkpoint lets payloads go. When the Redis behind the buffer changes its identity, it may have
 forgotten what it acknowledged; then the term and every step committed since the oldest kept checkpoint are
 stated again before anything else happens. What is committed and what was stated live here; the loop owns the
 rest.
@@ -21,6 +22,7 @@ from milepost.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     NotFound,
+    ResourceExhausted,
     StaleTerm,
     Unavailable,
 )
@@ -50,6 +52,7 @@ class Ledger:
         self.term = 0
         self.committed = 0
         self.checkpoint_wanted = False
+        self.full = asyncio.Event()
         self.history: list[t.StepManifest] = []
         self.restated: t.ResumePoint | None = None
         """What Redis held when it was last restated; whoever acts on it takes it away."""
@@ -192,5 +195,8 @@ class Ledger:
                 return await call()
             except (Unavailable, DeadlineExceeded) as error:
                 log.warning("the buffer does not answer, asking again: %s", error)
+            except ResourceExhausted as error:
+                log.error("the ledger has no room, asking again: %s", error)
+                self.full.set()
             await asyncio.sleep(delay)
             delay = min(2 * delay, _MAX_DELAY_S)

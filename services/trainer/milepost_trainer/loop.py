@@ -113,6 +113,7 @@ class StepLoop:
         self._stop = stop
         self._world_size = state.world_size
         self._committed_before = 0  # by an earlier term: steps up to here are replayed
+        self._poison_step = 0  # was resumed again and again without a commit; 0: none
         self._leases: dict[int, asyncio.Task[t.StepLease]] = {}
         self._run: t.RunConfig = t.RunConfig()
         self._clock = _Clock()
@@ -138,10 +139,7 @@ class StepLoop:
         point = await self._ledger.state_checkpoint(
             step, manifest=meta.manifest if meta else (), on_gap=_ON_GAP[self._settings.on_gap]
         )
-        if point.poison_step:
-            log.error(
-                "step %d was resumed three times without a commit: look at its groups", point.poison_step
-            )
+        self._poison_step = point.poison_step
         self._committed_before = fenced.committed_step
         self._state.step = step
         published = Published(fenced.published_version, fenced.published_label)
@@ -212,6 +210,10 @@ class StepLoop:
         """Lease a step, plan it and have every rank begin to fetch its part."""
         lease = await self._ledger.lease(step, max_wait_s=self._settings.lease_wait_s)
         self._run = (await self._ledger.read_run()).config
+        if step == self._poison_step:
+            log.error("%s", _poison_in_words(lease, step, dropped=self._drops(step)))
+            if self._drops(step):
+                return lease
         plan = plan_step(
             step,
             [GroupInfo(group.prompt_id, group.num_tokens) for group in lease.groups],
@@ -224,6 +226,10 @@ class StepLoop:
         order = StepOrder(plan, default_temperature=temperature, transcripts=self._transcripts(step))
         await self._crew.call("fetch", order)
         return lease
+
+    def _drops(self, step: int) -> bool:
+        """The step is left out: it killed the trainer again and again, and that is what the settings say."""
+        return step == self._poison_step and self._settings.on_poison == "drop"
 
     def _transcripts(self, step: int) -> str:
         every = self._settings.metrics.transcripts_every
@@ -240,7 +246,8 @@ class StepLoop:
             True when told to stop.
         """
         state, publisher = self._state, self._publisher
-        events = [asyncio.create_task(e.wait()) for e in (self._stop, publisher.changed, state.woken)]
+        full = self._ledger.full
+        events = [asyncio.create_task(e.wait()) for e in (self._stop, publisher.changed, state.woken, full)]
         try:
             await asyncio.wait(
                 [*events, task] if task else events,
@@ -256,6 +263,9 @@ class StepLoop:
             return True
         if task is None or not task.done():
             await self._publish()
+        if full.is_set():
+            full.clear()
+            state.save_wanted = True
         if state.save_wanted:
             await self._save()
         return False
@@ -275,6 +285,11 @@ class StepLoop:
 
     async def _train_traced(self, step: int, lease: t.StepLease, trace: StepTrace) -> None:
         self._state.enter("training")
+        if self._drops(step):
+            await self._commit(step, lease, {}, poison=True)
+            self._publisher.moved_to(step, due=True)
+            await self._save()
+            return
         with self._clock.timing("wait"):
             refused: dict[str, str] = await self._crew.call("start_step", step)
         with self._clock.timing("train"):
@@ -305,13 +320,18 @@ class StepLoop:
             reports.append(report)
         return reports
 
-    async def _commit(self, step: int, lease: t.StepLease, refused: dict[str, str]) -> None:
+    async def _commit(
+        self, step: int, lease: t.StepLease, refused: dict[str, str], *, poison: bool = False
+    ) -> None:
         for prompt_id, why in refused.items():
             log.warning("step %d leaves group %s out: %s", step, prompt_id, why)
+        prompt_ids = tuple(group.prompt_id for group in lease.groups)
+        reason = t.DropReason.POISON if poison else t.DropReason.INVALID
+        left_out = prompt_ids if poison else sorted(refused)
         entry = t.StepManifest(
             step=step,
-            prompt_ids=tuple(group.prompt_id for group in lease.groups),
-            dropped=tuple(t.DroppedGroup(prompt_id=p, reason=t.DropReason.INVALID) for p in sorted(refused)),
+            prompt_ids=prompt_ids,
+            dropped=tuple(t.DroppedGroup(prompt_id=p, reason=reason) for p in left_out),
         )
         await self._ledger.commit(entry)
         self._recorder.write_commit(entry, term=self._state.term)
@@ -418,6 +438,18 @@ class StepLoop:
             yield
         finally:
             self._state.enter(before, waiting)
+
+
+def _poison_in_words(lease: t.StepLease, step: int, *, dropped: bool) -> str:
+    """A step that killed the trainer, with its prompts, the longest first, and what becomes of them."""
+    groups = sorted(lease.groups, key=lambda group: -sum(group.num_tokens))
+    names = ", ".join(f"{group.prompt_id} ({sum(group.num_tokens)} tokens)" for group in groups)
+    what = (
+        "its prompts are dropped with reason poison"
+        if dropped
+        else ('it is tried again; set [trainer] on_poison = "drop" to leave its prompts out')
+    )
+    return f"step {step} was resumed three times without a commit: {names}; {what}"
 
 
 def in_words(stats: t.RunStats) -> str:

@@ -4,13 +4,14 @@
 
 Wanted is a state, not an event: the label that is due is not published yet, or an engine of the run does not
 serve the newest label. Whoever holds the weights still (the step loop, between micro-batches, while it waits)
-calls ``catch_up``; it makes a transaction, and one more for engines that were left out of it, and never raises
-for a fleet that fails, only backs off.
+calls ``catch_up``; it makes a transaction, and one more for engines that were left out of it, and never
+raises for a fleet that fails, only backs off.
 
     due > published          new version with the label of the current weights
     engines lag behind       the published version again, for them, if the current weights are still its; else
                              a new version
-    label < floor            silence: a replay below what was published before the crash
+    label < floor            silence: a replay below what was published before the crash, as long as an engine
+                             serves that; once none has for a while, they get the weights of the replay
 
 Owns: attempt numbers, what is published, when to try again. The router owns the fleet, the ledger owns the
 numbers.
@@ -54,6 +55,10 @@ _LOOK_AGAIN_S = 30.0
 _ABORT_S = 10.0
 """A router that does not hear of the end in time finds out: by the stream, the deadline, the next prepare."""
 _WATCH_AGAIN_S = 1.0
+_UNSERVED_S = 5.0
+"""For so long no engine must serve before weights below the floor are published: time for all to show up at a
+router that was started again."""
+_MAY_SERVE = (t.EngineState.SERVING, t.EngineState.UPDATING, t.EngineState.JOINING, t.EngineState.DRAINING)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Publisher:
         self._own = False  # this process published what is published
         self._due: int | None = None
         self._floor = 0
+        self._unserved_since: float | None = None
         self.changed = asyncio.Event()
         self._outcomes, self._bytes = Counter(PUBLICATIONS), Counter(PUBLISHED_BYTES)
         for outcome in (PUBLISHED, FAILED, NOBODY):
@@ -150,8 +156,12 @@ class Publisher:
 
     @property
     def retry_in_s(self) -> float:
-        """Seconds until a failed publication may be tried again."""
-        return max(0.0, self._not_before - time.monotonic()) if self.lacking else _LOOK_AGAIN_S
+        """Seconds until a failed publication may be tried again, or silence may end."""
+        now = time.monotonic()
+        if self.lacking:
+            return max(0.0, self._not_before - now)
+        silent_s = 0.0 if self._unserved_since is None else self._unserved_since + _UNSERVED_S - now
+        return silent_s if silent_s > 0 else _LOOK_AGAIN_S
 
     @property
     def _is_due(self) -> bool:
@@ -161,10 +171,25 @@ class Publisher:
     @property
     def lacking(self) -> bool:
         """Engines should be given weights, be it time to try or not."""
-        if self.label < self._floor:
+        return not self._silent and any(self._lags(engine) for engine in self._engines)
+
+    @property
+    def _engines(self) -> list[t.Engine]:
+        return [e for e in self._fleet.engines if e.run_id in ("", self._run_id)]
+
+    @property
+    def _silent(self) -> bool:
+        """Engines are left alone: they serve newer weights than those of the replay."""
+        if self.label >= self._floor:
             return False
-        engines = [e for e in self._fleet.engines if e.run_id in ("", self._run_id)]
-        return any(self._lags(engine) for engine in engines)
+        return self._unserved_since is None or time.monotonic() < self._unserved_since + _UNSERVED_S
+
+    def _saw(self, fleet: t.Fleet) -> None:
+        self._fleet = fleet
+        if not self._engines or any(e.state in _MAY_SERVE for e in self._engines):
+            self._unserved_since = None
+        elif self._unserved_since is None:
+            self._unserved_since = time.monotonic()
 
     def _lags(self, engine: t.Engine) -> bool:
         if engine.state in (t.EngineState.STALE, t.EngineState.QUARANTINED):
@@ -182,7 +207,7 @@ class Publisher:
                 async for fleet in self._router.watch_fleet(self._run_id):
                     if fleet.fleet_epoch != self._fleet.fleet_epoch:
                         self._failures, self._not_before = 0, 0.0
-                    self._fleet = fleet
+                    self._saw(fleet)
                     self.changed.set()
             except MilepostError as error:
                 log.debug("the router does not answer: %s", error)
@@ -232,6 +257,7 @@ class Publisher:
             return None
         self._failures, self._not_before = 0, 0.0
         self.published, self._own = Published(committed.version, self.label), True
+        self._floor = min(self._floor, self.label)
         self._outcomes.add(PUBLISHED)
         self._bytes.add(amount=sum(bucket.size_bytes for bucket in self._buckets))
         self._times.enter(IDLE)

@@ -290,6 +290,9 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """Where the final Hugging Face export goes; empty: `final` in the checkpoint folder."""
     on_gap: Literal["fail", "regenerate", "drop"] = "fail"
     """What to do when payloads after the newest checkpoint are gone."""
+    on_poison: Literal["report", "drop"] = "report"
+    """What to do with a step that was resumed three times without a commit: name its prompts and try it
+    again, or commit it untrained, its prompts dropped with reason poison."""
     objective: ObjectiveSettings = ObjectiveSettings()
     """What is minimised."""
     optimizer: OptimizerSettings = OptimizerSettings()

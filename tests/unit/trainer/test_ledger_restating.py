@@ -15,6 +15,7 @@ from milepost.errors import (
     MilepostError,
     NotFound,
     OutOfRange,
+    ResourceExhausted,
     StaleTerm,
     Unavailable,
 )
@@ -143,6 +144,15 @@ async def test_an_absent_buffer_is_asked_again(ledger: Ledger, buffer: FakeBuffe
     await step(ledger, 1)
     assert buffer.committed == {1: ("p1",)}
     assert buffer.calls.count("lease_step") == 3
+
+
+async def test_a_full_redis_is_asked_again_and_told(ledger: Ledger, buffer: FakeBuffer) -> None:
+    buffer.next_errors = [ResourceExhausted("redis is full", reason="REDIS_FULL")]
+    await ledger.lease(1, max_wait_s=1)
+    assert ledger.full.is_set()
+    buffer.next_errors = [ResourceExhausted("redis is full", reason="REDIS_FULL")]
+    await ledger.commit(t.StepManifest(step=1, prompt_ids=("p1",)))
+    assert buffer.committed == {1: ("p1",)}
 
 
 async def test_waiting_for_an_absent_buffer_can_be_cancelled(ledger: Ledger, buffer: FakeBuffer) -> None:

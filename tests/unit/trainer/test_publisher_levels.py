@@ -12,6 +12,7 @@ import torch
 
 from milepost import types as t
 from milepost.errors import NotFound, StaleTerm, Unavailable
+from milepost_trainer import publisher as publisher_module
 from milepost_trainer.buckets import Bucket, plan_buckets
 from milepost_trainer.publisher import Published, Publisher
 from milepost_trainer.settings import PublishSettings
@@ -254,6 +255,32 @@ async def test_replay_below_what_was_published_is_silent(bench: Bench) -> None:
     await bench.publisher.catch_up()
     # Weights trained again are not the version that was published before the crash.
     assert (bench.router.requests[0].version, bench.router.requests[0].label) == (0, 5)
+
+
+async def test_where_no_engine_serves_any_more_a_replay_is_published(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_UNSERVED_S", 3600.0)
+    bench.publisher.start(term=10, label=3, published=Published(version=6, label=5))
+    bench.router.set_engine("a", t.EngineState.STALE)
+    bench.router.set_engine("b", t.EngineState.STALE)
+    await bench.heard()
+    assert not bench.publisher.wanted  # others may show up yet
+    assert 0 < bench.publisher.retry_in_s <= 3600
+    bench.router.set_engine("c", t.EngineState.JOINING)
+    await bench.heard()
+    monkeypatch.setattr(publisher_module, "_UNSERVED_S", 0.0)
+    assert not bench.publisher.wanted  # this one may serve version 6
+    bench.router.set_engine("c", t.EngineState.QUARANTINED)
+    await bench.heard()
+    assert bench.publisher.wanted
+    assert await bench.publisher.catch_up()
+    assert bench.publisher.published.label == 3
+    await bench.heard()
+    assert not bench.publisher.wanted
+    bench.publisher.moved_to(4, due=True)  # the floor is gone: nothing newer is served
+    assert await bench.publisher.catch_up()
+    assert [(r.version, r.label) for r in bench.router.requests] == [(0, 3), (0, 4)]
 
 
 @pytest.mark.parametrize("place", ["prepare", "update", "refuse", "break", "commit"])

@@ -23,7 +23,7 @@ def publisher() -> Any:
 
 async def test_a_change_that_needs_nothing_ends_one_wait_only(publisher: Any) -> None:
     absent: Any = None
-    ledger: Any = SimpleNamespace(restated=None)
+    ledger: Any = SimpleNamespace(restated=None, full=asyncio.Event())
     loop = StepLoop(
         TrainerSettings.model_construct(),
         ledger=ledger, crew=absent, publisher=publisher, saver=absent, recorder=absent,
@@ -42,6 +42,7 @@ class ForgetfulLedger:
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.full = asyncio.Event()
         self.restated: t.ResumePoint | None = None
 
     async def lease(self, step: int, *, max_wait_s: float) -> t.StepLease:
