@@ -29,6 +29,7 @@ from milepost.channel import NO_RETRY
 from milepost.cli.health import check
 from milepost.errors import MilepostError
 from milepost.types import EngineState, PromptState, RunStats
+from milepost_common.up.readiness import parse_readiness
 from stack import MILEPOST, Stack, until
 
 VICTIMS = ("trainer", "rollout", "router", "engine-0", "buffer", "redis")
@@ -284,6 +285,16 @@ class Siege:
             process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.stack.run_dir, env=environ)
         self.doubles.append(process)
         return process
+
+    async def address_of_double(self, victim: str) -> str:
+        """Where a double serves gRPC, once it is ready."""
+        log = self.stack.run_dir / "logs" / f"{victim}-double.log"
+
+        async def address() -> str:
+            lines = [parse_readiness(line) for line in log.read_text().splitlines()]
+            return next((found["grpc"] for found in lines if found and "grpc" in found), "")
+
+        return await until(f"the second {victim} is ready", address, within_s=self.deadlines.ready_s)
 
     # ------------------------------------------------------------------ recovering
 

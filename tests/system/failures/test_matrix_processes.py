@@ -15,6 +15,7 @@ import pytest
 
 from chaos import VICTIMS, Siege
 from judges import judge_audit, judge_deadlines, judge_weights
+from milepost import RolloutClient
 from milepost.errors import DeadlineExceeded
 from milepost.types import EngineState
 from stack import until
@@ -87,9 +88,14 @@ async def test_a_gateway_that_lost_its_leases_seals_nothing_when_it_wakes(siege:
         late, held = await suspended_with_leases(siege)
         other = siege.double("rollout", "--gateway_id", "other")
 
+        address = await siege.address_of_double("rollout")
+
         async def taken() -> bool:
             now = await siege.attempts(held)
-            return all(now[prompt_id] > attempt for prompt_id, attempt in held.items())
+            async with RolloutClient(address) as gateway:
+                sealed = (await gateway.get_status()).groups_sealed
+            # Some may be leased to the sleeper once more: its last request still waited in the ledger.
+            return sealed > 0 and all(now[prompt_id] > attempt for prompt_id, attempt in held.items())
 
         with siege.breaks("its leases are another gateway's"):
             await until("its leases are another gateway's", taken, within_s=within_s)
