@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -51,7 +50,8 @@ T = TypeVar("T")
 
 OK, FAILED, BAD_SETTINGS, REPLACED, NOTHING_TRAINED = 0, 1, 2, 3, 4
 _FETCH_AGAIN_S = 1.0
-_PATIENT = RetryPolicy(retry_for_s=math.inf)
+_BRIEF = RetryPolicy(retry_for_s=1.0)
+"""`Ledger` asks again by itself, for ever, and says so."""
 
 
 async def serve(settings: TrainerSettings, stop: asyncio.Event) -> int:
@@ -129,7 +129,7 @@ async def _lead(settings: TrainerSettings, rank: Rank, stack: AsyncExitStack, st
     crew = Crew(rank)
     state = TrainerState(run_id=run_id, world_size=world.size)
     buffer = await stack.enter_async_context(
-        BufferClient(settings.buffer, retry=_PATIENT, timeout_s=settings.ledger_timeout_s)
+        BufferClient(settings.buffer, retry=_BRIEF, timeout_s=settings.ledger_timeout_s)
     )
     ledger = Ledger(buffer, run_id=run_id, config=to_run_config(settings.run))
     store = CheckpointStore(Path(settings.checkpoint.dir), run_id=run_id, keep=settings.checkpoint.keep)
