@@ -177,3 +177,20 @@ def test_the_configuration_file_is_found() -> None:
     Path("milepost.toml").write_text("")
     assert find_config([]) == "milepost.toml"
     assert find_config(["--config", "a.toml"]) == find_config(["--config=a.toml"]) == "a.toml"
+
+
+def test_all_children_get_the_table_telemetry() -> None:
+    made = plan(
+        FILE + '[telemetry]\notlp_endpoint = "http://c:4317"\ntrace_ratio = 0.5\n',
+        "--feed",
+        "d.jsonl",
+        "--telemetry.log_format",
+        "json",
+    )
+    wanted = {
+        "MILEPOST_TELEMETRY__OTLP_ENDPOINT": "http://c:4317",
+        "MILEPOST_TELEMETRY__TRACE_RATIO": "0.5",
+        "MILEPOST_TELEMETRY__LOG_FORMAT": "json",
+    }
+    assert [dict(s.environ) for s in made.specs] == [wanted] * len(made.specs)
+    assert [dict(s.environ) for s in plan().specs] == [{}] * len(plan().specs)
