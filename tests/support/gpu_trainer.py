@@ -48,7 +48,7 @@ class Trainer:
     def __init__(self, model: Path, term: int, fleet: Fleet) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().cuda()
         self.run_id, self.term, self.fleet = fleet.run_id, term, fleet
-        self.held: dict[str, torch.Tensor] = {}
+        self.held = self._bfloat16()
         self.seconds: list[float] = []
 
     @classmethod
@@ -66,7 +66,10 @@ class Trainer:
             for parameter in self.model.parameters():
                 noise = scale * torch.randn(parameter.shape, generator=generator, device="cuda")
                 parameter.copy_((parameter + noise).to(torch.bfloat16).float())
-        self.held = {n: p.detach().to(torch.bfloat16) for n, p in self.model.named_parameters()}
+        self.held = self._bfloat16()
+
+    def _bfloat16(self) -> dict[str, torch.Tensor]:
+        return {n: p.detach().to(torch.bfloat16) for n, p in self.model.named_parameters()}
 
     @asynccontextmanager
     async def publisher(self, transport: str, **changes: Any) -> AsyncIterator[Publisher]:
