@@ -70,6 +70,7 @@ async def test_a_full_redis_is_waited_for(start_stack, tmp_path: Path, redis: Em
     audit = await finished(stack, count=count)
     assert audit.trained == count
     assert {name: stack.service(name)["starts"] for name in before} == before
+    stack.stop()  # before its Redis
 
 
 async def test_checkpoints_are_lost_and_every_engine_is_new(start_stack, tmp_path: Path, model: Path) -> None:
