@@ -123,6 +123,7 @@ class Network:
         """Starts a process on a host: its own process group, killed with the block, or when the test dies."""
         words = ["nsenter", f"--net=/run/netns/{self.namespace(host)}", *map(str, command)]
         parent = os.getpid()
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MILEPOST_")}
 
         def die_with_parent() -> None:
             _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
@@ -135,7 +136,7 @@ class Network:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                env={**os.environ, **(environ or {})},
+                env={**inherited, **(environ or {})},
                 start_new_session=True,
                 preexec_fn=die_with_parent,
             )
