@@ -287,6 +287,7 @@ class StepLoop:
         self._state.enter("training")
         if self._drops(step):
             await self._commit(step, lease, {}, poison=True)
+            trace.committed({group.prompt_id: "the step killed the trainer" for group in lease.groups})
             self._publisher.moved_to(step, due=True)
             await self._save()
             return
