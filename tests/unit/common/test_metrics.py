@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from milepost.errors import InvalidArgument, NotFound, Unavailable
 from milepost_common.metrics import Counter, Gauge, Histogram, Instrument, Kind, Phases, Spec, Watched
-from milepost_common.metrics.export import serving
+from milepost_common.metrics.export import otlp_endpoint, serving
 from milepost_common.metrics.instruments import MAX_SERIES, OTHER, Buckets
 from milepost_common.server import GrpcServer
 from milepost_common.settings import TelemetrySettings
@@ -32,7 +33,8 @@ FREE = "127.0.0.1:0"
 
 @pytest.fixture(autouse=True)
 def _no_collector(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    for name in [n for n in os.environ if n.startswith("OTEL_")]:
+        monkeypatch.delenv(name)
 
 
 def page(address: str) -> str:
@@ -272,6 +274,17 @@ async def test_a_collector_that_is_away_delays_nobody() -> None:
         assert ("milepost_info", "trainer") in {key[:2] for key in await scrape(address)}
         stopping = time.monotonic()
     assert time.monotonic() - stopping < 10
+
+
+def test_where_metrics_are_pushed_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = TelemetrySettings(otlp_endpoint="http://told:4317")
+    assert otlp_endpoint(OFF) == ""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://both:4317")
+    assert otlp_endpoint(OFF) == "http://both:4317"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "http://metrics:4317")
+    assert (otlp_endpoint(OFF), otlp_endpoint(told)) == ("http://metrics:4317", "http://told:4317")
+    monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
+    assert otlp_endpoint(told) == ""
 
 
 class Echo:

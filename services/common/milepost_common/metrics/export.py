@@ -49,6 +49,7 @@ REFRESH_S = 2.0
 """Longest time that what is fetched on the event loop may take at a reading."""
 _EXPORT_TIMEOUT_S = 5.0
 _SHUTDOWN_S = 1.0
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _SCOPE = InstrumentationScope("milepost")
 _CUMULATIVE = sdk.AggregationTemporality.CUMULATIVE
 
@@ -225,8 +226,11 @@ async def serving(
 
 
 def otlp_endpoint(telemetry: TelemetrySettings) -> str:
-    """Where metrics are pushed to; empty: nowhere."""
-    return telemetry.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    """Where metrics are pushed to; empty: nowhere. OTEL_METRICS_EXPORTER=none leaves traces alone."""
+    disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    if disabled or os.environ.get("OTEL_METRICS_EXPORTER", "").strip().lower() == "none":
+        return ""
+    return telemetry.otlp_endpoint or next((os.environ[n] for n in _ENDPOINTS if os.environ.get(n)), "")
 
 
 def _pushed(bridge: Bridge, endpoint: str) -> sdk.MetricReader:
