@@ -5,6 +5,7 @@
 #   make test     all tests that run on a CPU
 #   make compose-test  the demo's loop in containers, killed in mid-run (needs Docker and Compose v2)
 #   make gpu-test tests that need a GPU and SGLang, which are installed into the environment beforehand
+#   make bench    speed beside peers, in ratios; BENCH_ARGS="--only router" for one of them (about 5 minutes)
 #   make lint     ruff, import rules, protos (buf, where npm is there)
 #   make types    pyright, strict
 #   make protos   regenerate the stubs
@@ -49,6 +50,18 @@ GPU_PYTHON ?= python3
 .PHONY: gpu-test
 gpu-test:
 	$(GPU_PYTHON) -m pytest tests/gpu -W default $(PYTEST_ARGS)
+
+BENCH_STAMP := $(VENV)/.milepost-bench-installed
+BENCH_ARGS  ?=
+
+# The table is also written to runs/bench/results.json; exit status 1: a target was missed.
+.PHONY: bench
+bench: setup $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -65,7 +65,7 @@ async def measure(size: Size, folder: Path) -> list[Row]:
 
 @asynccontextmanager
 async def _stores(folder: Path) -> AsyncGenerator[Stores]:
-    flags = ("--listen", "127.0.0.1:0", "--data_dir", folder / "redis")
+    flags = ("--listen", "127.0.0.1:0", "--metrics_listen", "127.0.0.1:0", "--data_dir", folder / "redis")
     async with child("milepost_buffer", *python("milepost_buffer", "serve", *flags), folder=folder) as buffer:
         await buffer.ready()
         address = buffer.address("grpc")

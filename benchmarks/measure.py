@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -191,8 +191,3 @@ def family(roots: Iterable[int]) -> list[int]:
         found.append(pid)
         todo += children.get(pid, ())
     return found
-
-
-def judged(rows: Sequence[Row]) -> bool:
-    """True when no row missed its target."""
-    return all(row.met for row in rows)

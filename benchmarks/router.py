@@ -2,7 +2,7 @@
 
     32 connections ──> milepost_router, or sglang-router ──> two engines in one process (benchmarks.upstream)
 
-The same engines, the same load, in turns; the CPU of the router's processes alone. Every reply is compared with
+The same engines, the same load, in turns; CPU of the router's processes alone. Every reply is compared with
 what the engine sent.
 """
 
@@ -24,6 +24,7 @@ TARGET = 0.75
 CONNECTIONS = 32
 REQUESTS_SMALL, REQUESTS_LARGE = 20_000, 10_000
 RUN_S = 60.0
+ANYWHERE = "127.0.0.1:0"
 
 
 @dataclass(frozen=True, kw_only=True)
