@@ -164,10 +164,11 @@ class BufferClient(ServiceClient):
     async def fetch_groups(
         self, run_id: str, *, prompt_ids: Sequence[str], timeout_s: float = 60.0
     ) -> AsyncIterator[tuple[str, bytes]]:
-        """Streams (prompt_id, payload) in the order asked for."""
+        """Streams (prompt_id, payload) in the order asked for; silence ends it as it ends a call."""
         request = pb.FetchGroupsRequest(run_id=run_id, prompt_ids=prompt_ids)
         parts: list[bytes] = []
-        async for message in self._stream(self._stub.FetchGroups, request, timeout_s=timeout_s):
+        messages = self._stream(self._stub.FetchGroups, request, timeout_s=timeout_s, quiet_s=0.0)
+        async for message in messages:
             for chunk in message.chunks:
                 parts.append(chunk.data)
                 received = chunk.offset_bytes + len(chunk.data)

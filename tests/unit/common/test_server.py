@@ -91,6 +91,13 @@ async def test_a_stream_that_falls_silent_is_given_up() -> None:
                 await anext(stream)
 
 
+async def test_payloads_that_stop_coming_are_given_up_long_before_the_whole_deadline() -> None:
+    async with serving(Servicer()) as server, BufferClient(server.address, timeout_s=0.2) as client:
+        groups = client.fetch_groups("r", prompt_ids=["p"], timeout_s=3600.0)
+        with pytest.raises(errors.DeadlineExceeded, match=r"nothing came for 0\.2 s"):
+            await asyncio.wait_for(anext(groups), 10)
+
+
 async def test_unavailable_is_retried_and_the_redis_identity_is_kept() -> None:
     servicer = Servicer()
     servicer.raises = [errors.Unavailable("redis is away"), errors.Unavailable("redis is away")]
