@@ -1,4 +1,4 @@
-"""Every benchmark runs at its smallest size and writes rows of the agreed shape; what they measure is not judged."""
+"""Every benchmark runs at its smallest size and writes rows of the agreed shape; nothing measured is judged."""
 
 from __future__ import annotations
 

@@ -997,6 +997,13 @@ function C.rows()
   return {'', out}
 end
 
+-- sizes(ids...) -> bytes that each payload holds, 0 where there is none
+function C.sizes()
+  local out = {}
+  for i = 3, #ARGV do out[i - 2] = tonumber(call('HGET', P .. 'p:' .. ARGV[i], 'bytes') or 0) end
+  return {'', out}
+end
+
 local AUDIT_FIELDS = {'state', 'why', 'step', 'bytes', 'age', 'bound', 'sseq', 'pos'}
 local problems
 

@@ -6,7 +6,7 @@ Every mutation carries the consumer's term; the script refuses all but the newes
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from milepost import errors
@@ -17,6 +17,7 @@ from milepost_buffer.wake import Answer, Bell
 
 PUBLISHER = "trainer"
 MAX_FETCH = 4096
+FETCH_BATCH = 64
 FETCH_BATCH_BYTES = 8 * 1024 * 1024
 
 
@@ -121,10 +122,9 @@ class Steps:
           NotFound: one is trimmed, or was never sealed.
         """
         checks.check_count("prompt_ids", len(prompt_ids), most=MAX_FETCH)
-        await self._store.call(run_id, "rows")
-        prefix, at, batch = prefix_of(run_id) + "g:", 0, 1
-        while at < len(prompt_ids):
-            names = prompt_ids[at : at + batch]
+        [sizes] = await self._store.call(run_id, "sizes", *prompt_ids)
+        prefix = prefix_of(run_id) + "g:"
+        for names in _batches(prompt_ids, sizes):
             values: list[bytes | None] = await self._store.command("MGET", *(prefix + name for name in names))
             for name, payload in zip(names, values, strict=True):
                 if payload is None:
@@ -134,8 +134,20 @@ class Steps:
                         metadata={"prompt_id": name},
                     )
                 yield name, payload
-            largest = max(len(p or b"") for p in values)
-            at, batch = at + len(names), max(1, min(2 * batch, 64, FETCH_BATCH_BYTES // max(1, largest)))
+
+
+def _batches(prompt_ids: Sequence[str], sizes: Sequence[int]) -> Iterator[list[str]]:
+    """Splits payloads so that what is in memory at once stays below a limit, or is a single one."""
+    batch: list[str] = []
+    held = 0
+    for prompt_id, size in zip(prompt_ids, sizes, strict=True):
+        if batch and (held + size > FETCH_BATCH_BYTES or len(batch) == FETCH_BATCH):
+            yield batch
+            batch, held = [], 0
+        batch.append(prompt_id)
+        held += size
+    if batch:
+        yield batch
 
 
 def _check_consumer(consumer_id: str) -> None:
