@@ -86,7 +86,8 @@ class Store:
     def _translate(self, error: Exception) -> errors.MilepostError:
         if isinstance(error, redis_errors.OutOfMemoryError) or _OUT_OF_MEMORY in str(error):
             return errors.ResourceExhausted(
-                f"redis {self.link.url} is full: {error}; raise its maxmemory, or lower max_payload_bytes",
+                f"redis {self.link.url} is full: it holds more than its maxmemory; raise that, or lower "
+                "max_payload_bytes",
                 reason="REDIS_FULL",
                 retry_after_s=RETRY_AFTER_S,
             )

@@ -217,3 +217,22 @@ async def _until_listening(bell: Bell, run_id: str) -> None:
     async with asyncio.timeout(SOON_S):
         while not bell.is_listening(run_id):  # noqa: ASYNC110  # the Bell has no event for tests
             await asyncio.sleep(0.002)
+
+
+async def test_a_full_redis_refuses_what_grows_and_lets_go_of_what_does_not(bench) -> None:
+    ids = await bench.train_step(1)
+    client = bench.ledger.link.client
+    await client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(
+            errors.ResourceExhausted, match="is full: it holds more than its maxmemory"
+        ) as caught:
+            await bench.put(1)
+        assert caught.value.reason == "REDIS_FULL"
+        assert caught.value.retry_after_s
+        await bench.audit()
+        assert (await bench.trim(1)).freed == len(ids)
+    finally:
+        await client.config_set("maxmemory", 0)
+    assert len(await bench.put(1)) == 1
+    await bench.audit()
