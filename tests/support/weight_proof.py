@@ -60,9 +60,15 @@ class Forward:
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager").eval()
         self._folder = folder
         self._named = dict(self._model.named_parameters())
+        self._loaded: dict[int, Weights] = {}
 
     def weights(self, label: int) -> Weights:
-        """Of the checkpoint of that step."""
+        """Of the checkpoint of that step; kept, for they are small."""
+        if label not in self._loaded:
+            self._loaded[label] = self._load(label)
+        return self._loaded[label]
+
+    def _load(self, label: int) -> Weights:
         state = {"model": {name: torch.empty_like(x) for name, x in self._named.items()}}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
