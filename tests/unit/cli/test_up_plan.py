@@ -194,3 +194,11 @@ def test_all_children_get_the_table_telemetry() -> None:
     }
     assert [dict(s.environ) for s in made.specs] == [wanted] * len(made.specs)
     assert [dict(s.environ) for s in plan().specs] == [{}] * len(plan().specs)
+
+
+def test_sglang_is_left_to_its_launcher_and_given_the_time_that_it_takes_to_start() -> None:
+    sglang = FILE + '[engine]\nbackend = "sglang"\nstart_timeout_s = 700.0\n[engine.sglang]\ntp_size = 1\n'
+    (engine,) = (s for s in plan(sglang, "--engines", "1").specs if s.name == "engine-0")
+    assert (engine.ready_timeout_s, engine.liveness_timeout_s) == (700.0, 0.0)
+    (ours,) = (s for s in plan(FILE, "--engines", "1").specs if s.name == "engine-0")
+    assert ours.liveness_timeout_s > 0

@@ -108,7 +108,12 @@ class _Planner:
                 *self._metrics("engine", at[name], index=index),
             ]
 
-        return self._spec("engine", flags, needs=("router",), name=name)
+        spec = self._spec("engine", flags, needs=("router",), name=name)
+        if getattr(service.values, "backend", "cpu") == "cpu":
+            return spec
+        # Its launcher watches over SGLang, which takes minutes to start, and is silent while it is paused.
+        start_s = float(getattr(service.values, "start_timeout_s", spec.ready_timeout_s))
+        return replace(spec, ready_timeout_s=start_s, liveness_timeout_s=0.0)
 
     def _engine_port(self, name: str, base: int, index: int, at: Addresses) -> int:
         if at[name]:
