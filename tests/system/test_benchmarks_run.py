@@ -1,4 +1,4 @@
-"""Every benchmark runs at its smallest size and writes rows of the agreed shape; nothing measured is judged."""
+"""Every benchmark runs at its smallest size and writes rows of the agreed shape; no number is judged."""
 
 from __future__ import annotations
 
