@@ -41,7 +41,7 @@ def main() -> int:
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not (begin and end):
-        print(f"{TARGET.name} lacks the lines between which the metrics stand: {BEGIN} {END}", file=sys.stderr)
+        print(f"{TARGET.name} lacks the lines around the metrics: {BEGIN} {END}", file=sys.stderr)
         return 1
     wanted = "\n".join([head + BEGIN, "", *_pages(), END + tail])
     if "--check" not in sys.argv[1:]:
