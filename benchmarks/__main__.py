@@ -36,8 +36,11 @@ DEADLINE_S = 600.0
 MET, MISSED, BROKEN = 0, 1, 2
 
 
-async def measure(names: list[str], size: Size) -> tuple[list[Row], list[str]]:
-    """The rows of the benchmarks, and what went wrong with those that could not be measured."""
+async def measure(names: list[str], size: Size, out: Path) -> tuple[list[Row], list[str]]:
+    """The rows of the benchmarks, and what went wrong with those that could not be measured.
+
+    Results are written after each benchmark, so that a run that is broken off leaves what it has.
+    """
     rows: list[Row] = []
     problems: list[str] = []
     for name in names:
@@ -48,6 +51,7 @@ async def measure(names: list[str], size: Size) -> tuple[list[Row], list[str]]:
                     rows += await BENCHMARKS[name](size, Path(folder))
             except Exception as error:  # the other benchmarks are measured all the same
                 problems.append(f"{name}: {type(error).__name__}: {error}")
+        report.write(out, rows, size=size)
     return rows, problems
 
 
@@ -64,8 +68,7 @@ def main() -> int:
         parser.error(f"--only {unknown[0]}: no such benchmark; choose from {', '.join(BENCHMARKS)}")
     size = Size(runs=1, scale=0.02) if arguments.smallest else Size(runs=arguments.runs)
     tune_malloc()
-    rows, problems = uvloop.run(measure(names, size))
-    report.write(arguments.out, rows, size=size)
+    rows, problems = uvloop.run(measure(names, size, arguments.out))
     print(report.table(rows))
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -22,7 +22,7 @@ from benchmarks.upstream import reply_body, request_body
 
 TARGET = 0.75
 CONNECTIONS = 32
-REQUESTS_SMALL, REQUESTS_LARGE = 20_000, 10_000
+REQUESTS_SMALL, REQUESTS_LARGE = 10_000, 5_000
 RUN_S = 60.0
 ANYWHERE = "127.0.0.1:0"
 
