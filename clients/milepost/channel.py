@@ -29,7 +29,8 @@ CLIENT_OPTIONS: ChannelOptions = [
     *_KEEPALIVE,
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # The least time that one attempt to connect may take, in spite of its name: a slow network needs it.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),
     # Retries are ours (RetryPolicy): grpc's own would multiply with them.
