@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import json
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ import urllib.request
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from milepost.errors import InvalidArgument
 from milepost_engine import gpus, sglang_options
@@ -40,6 +42,10 @@ LOOK_EVERY_S = 1.0
 LOOK_S = 10.0
 KILL_S = 10.0
 ABORT_GRACE_S = 0.5
+WARM_UP: tuple[dict[str, Any], ...] = (
+    {"max_new_tokens": 2, "temperature": 1.0},
+    {"max_new_tokens": 2, "temperature": 1.0, "top_p": 0.9, "top_k": 5},
+)
 
 
 class Launcher:
@@ -94,6 +100,7 @@ class Launcher:
         try:
             if not await self._until_ready(process, stop):
                 return False
+            await self._warm_up(stop)
             self._announce()
             registrar = self._register()
             await self._watch(process, stop)
@@ -134,6 +141,23 @@ class Launcher:
             await _pause(stop, LOOK_EVERY_S)
         log.error("the server did not serve within %.0f s of its start", self._settings.start_timeout_s)
         return False
+
+    async def _warm_up(self, stop: asyncio.Event) -> None:
+        """Has it compile its sampling now: for a minute, which would otherwise stall its first update."""
+        key, left_s = self._settings.admin_api_key, self._settings.start_timeout_s
+        stopping = asyncio.create_task(stop.wait())
+        for sampling in WARM_UP:
+            body = json.dumps(
+                {"input_ids": [0], "sampling_params": sampling, "return_logprob": True}
+            ).encode()
+            call = asyncio.to_thread(_ask, f"{self._url}/generate", key, body, timeout_s=left_s)
+            asking = asyncio.create_task(call)
+            await asyncio.wait({asking, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():
+                return  # the server is killed next, which ends the call
+            if not asking.result():
+                log.warning("it did not answer a first request with %s", sampling)
+        stopping.cancel()
 
     def _announce(self) -> None:
         if self._announced:

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -126,7 +127,10 @@ async def test_a_server_that_dies_is_started_again_as_a_new_instance(launch):
 
 async def test_the_server_ends_with_a_launcher_that_is_killed(launch):
     launched = launch()
-    assert launched.ready()
+    url = launched.ready().split()[2]
+    async with httpx.AsyncClient(timeout=20) as http:
+        (state,) = (await http.get(url + "/server_info")).json()["internal_states"]
+    assert state["tokens_generated"] >= 2, "its sampling was compiled before it was announced"
     server = launched.server()
     launched.process.kill()
 
