@@ -99,9 +99,7 @@ def _metered(engine: Engine, settings: EngineSettings) -> contextlib.AbstractAsy
     """Serves the engine's metrics until the block ends, which gets their address."""
     max_tokens = settings.max_running_requests * engine.limits.context_length
     view = SchedulerView(engine.scheduler, model=settings.name, max_tokens=max_tokens)
-    return serving(
-        "engine", view.instruments, listen=settings.metrics_listen, telemetry=settings.telemetry
-    )
+    return serving("engine", view.instruments, listen=settings.metrics_listen, telemetry=settings.telemetry)
 
 
 def _server(engine: Engine, settings: EngineSettings) -> _Server:
