@@ -1,8 +1,8 @@
 """What a sample of 4,096 tokens costs on the wire, counted in copies of its arrays by numpy.
 
     wire           arrays -> message -> bytes -> message -> arrays: encoding and decoding, as gRPC does it
-    wire_types     the same from and to `milepost.types.Sample`, all its sixteen fields, which adds the cost of
-                   Python objects to that of the wire; told, not judged
+    wire_types     the same from and to `milepost.types.Sample`, all its sixteen fields: the cost of the wire
+                   and of Python's objects; told, not judged
     reference      numpy copies the sample's three arrays once
 
 One process, one thread, allocator tuned as in every service. What comes back is compared with what went in.

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = {
-    "wire": ["wire", "wire_arrays"],
+    "wire": ["wire", "wire_types"],
     "buffer": ["buffer"],
     "router": ["router_small", "router_64k"],
     "startup": ["start_buffer", "start_router", "start_rollout"],
