@@ -71,7 +71,8 @@ class Stack:
         config = run_dir / "milepost.toml"
         command = [MILEPOST, "up", "--config", str(config), "--ports", "free", *flags]
         with (run_dir / "up.log").open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=run_dir)
+            environ = os.environ | {"MILEPOST_DIE_WITH_PARENT": "1"}
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=run_dir, env=environ)
         return cls(run_id=run_dir.name, run_dir=run_dir, process=process)
 
     def again(self, *flags: str) -> Stack:

@@ -59,8 +59,7 @@ def run(
     set_up_logging(name, telemetry.log_format if telemetry else "text")
     faulthandler.enable()
     tune_malloc()
-    if how := os.environ.get("MILEPOST_DIE_WITH_PARENT"):
-        die_with_parent(signal.SIGKILL if how == "kill" else signal.SIGTERM)
+    follow_parent()
     if telemetry is None:
         return uvloop.run(_until_stopped(main, stop_deadline_s))
     from milepost_common.telemetry.export import exporting
@@ -122,6 +121,12 @@ def tune_malloc() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, 2 * _MMAP_THRESHOLD_BYTES)
+
+
+def follow_parent() -> None:
+    """Does what MILEPOST_DIE_WITH_PARENT in the environment asks for; the head of this module says what."""
+    if how := os.environ.get("MILEPOST_DIE_WITH_PARENT"):
+        die_with_parent(signal.SIGKILL if how == "kill" else signal.SIGTERM)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM, *, parent: int | None = None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from milepost.errors import FailedPrecondition, InvalidArgument
-from milepost_common.process import set_up_logging
+from milepost_common.process import follow_parent, set_up_logging
 from milepost_common.settings import load
 from milepost_common.up.plan import Plan, find_config, make_plan, names_config
 from milepost_common.up.policy import RestartPolicy
@@ -55,6 +55,7 @@ async def _supervise(settings: UpSettings, plan: Plan, config: str) -> int:
     loop.add_signal_handler(signal.SIGINT, supervisor.interrupt, INTERRUPTED)
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, supervisor.interrupt, OK)
+    follow_parent()
     print(
         f"run {plan.run_id} in {plan.run_dir}; logs in {plan.run_dir / 'logs'}; Ctrl-C stops all", flush=True
     )
