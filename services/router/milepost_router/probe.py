@@ -24,7 +24,7 @@ from typing import Any
 from milepost import types as t
 from milepost.types import EngineState, Transport
 from milepost_router import version_string
-from milepost_router.engine_api import EngineApi, EngineBroken, EngineFault
+from milepost_router.engine_api import EngineApi, EngineBroken, EngineFault, EngineRefused
 from milepost_router.fleet import Fleet
 from milepost_router.ledger import Ledger
 from milepost_router.record import EngineRecord
@@ -124,7 +124,8 @@ class Prober:
         text = _version_of(record, await api.model_info(timeout_s=self._timeout_s))
         new = record.state in (EngineState.JOINING, EngineState.DEAD)
         if new and not ours and not version_string.is_written(text):
-            await api.resume()  # a router that died in this very moment may have paused it
+            with contextlib.suppress(EngineRefused):  # a server that cannot go on was never paused
+                await api.resume()  # a router that died in this very moment may have paused it
             await api.health(timeout_s=self._timeout_s)
             await self._warm_up(record, api)
         return text
