@@ -97,6 +97,8 @@ def _sigterm_interrupts() -> Generator[None]:
 
     def on_sigterm(number: int, _frame: object) -> None:
         came.append(number)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job: asyncio left it so
+            raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, on_sigterm)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -301,3 +302,17 @@ async def test_ctrl_c_and_sigterm_end_a_feeder_in_order(
     feed.send_signal(number)
     await asyncio.wait_for(feed.communicate(), 30)
     assert feed.returncode == status
+
+
+async def test_sigterm_ends_a_feeder_that_a_shell_put_into_the_background(
+    buffer: Buffer, start: Start, data: Path
+) -> None:
+    """A shell without job control has its background jobs ignore Ctrl-C; SIGTERM is another matter."""
+    words = (sys.executable, "-m", "milepost.cli", "feed", data, "--run", "none", "--buffer", buffer.address)
+    feed = await start("sh", "-c", 'trap "" INT; exec "$0" "$@"', *words)
+    line = await asyncio.wait_for(feed.stderr.readline(), 30)
+    assert b"which is not there yet" in line
+    feed.send_signal(signal.SIGINT)
+    feed.send_signal(signal.SIGTERM)
+    await asyncio.wait_for(feed.communicate(), 30)
+    assert feed.returncode == 143
