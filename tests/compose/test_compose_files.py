@@ -59,7 +59,7 @@ def test_layers_are_made_of_all_that_an_extra_needs(tmp_path: Path) -> None:
     written = {path.stem: path.read_text().splitlines() for path in tmp_path.iterdir()}
     assert set(written) == set(extras)
     assert set(written["cli"]) == {*project["dependencies"], *extras["cli"]}
-    assert {*written["common"], "redis>=6.2"} <= set(written["buffer"])
+    assert {*written["common"], *(x for x in extras["buffer"] if "redis" in x)} <= set(written["buffer"])
     assert {*written["engine"], *written["trainer"], "matplotlib>=3.9"} <= set(written["all"])
     assert not [line for lines in written.values() for line in lines if line.startswith("milepost")]
     assert not [line for name in ("buffer", "router", "rollout") for line in written[name] if "torch" in line]
