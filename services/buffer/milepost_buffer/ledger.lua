@@ -105,14 +105,17 @@ local FIELDS = {'state', 'att', 'dig', 'seq', 'src', 'inst', 'llab', 'fail', 'st
 local NUMERIC = {state = true, att = true, seq = true, llab = true, fail = true, stale = true, lab = true, sseq = true,
                  bytes = true, step = true, pos = true, age = true, bound = true, why = true}
 
+local ABSENT = {__index = {}}  -- a number that a row does not hold reads as 0, and rawget tells that it is not there
+for f in pairs(NUMERIC) do ABSENT.__index[f] = 0 end
+
 local function read(id)
-  local v = call('HMGET', P .. 'p:' .. id, unpack(FIELDS))
-  if not v[1] then return nil end
-  local row = {id = id}
-  for i, f in ipairs(FIELDS) do
-    if NUMERIC[f] then row[f] = tonumber(v[i] or 0) elseif v[i] then row[f] = v[i] end
+  local flat = call('HGETALL', P .. 'p:' .. id)
+  if #flat == 0 then return nil end
+  local row = setmetatable({id = id}, ABSENT)
+  for i = 1, #flat, 2 do
+    local f, v = flat[i], flat[i + 1]
+    row[f] = NUMERIC[f] and tonumber(v) or v
   end
-  row.sealed_label = v[11] and true or false
   return row
 end
 
@@ -124,25 +127,33 @@ local function recount(row, sign)
   if row.bytes > 0 then call('HINCRBY', P .. 'audit', 'payload_bytes', key_of(sign * row.bytes)) end
 end
 
--- Every change of a row but its creation. An audit goes row by row, in many calls: what it has counted follows here.
+-- Every change of a row but its creation; what it holds already is not written again. An audit goes row by row, in many
+-- calls: what it has counted follows here.
 local function write(row, changes)
   local counted = run.audit and row.seq <= num('audit')
   if counted then recount(row, -1) end
   local flat = {}
-  for f, v in pairs(changes) do row[f] = v; flat[#flat + 1] = f; flat[#flat + 1] = v end
-  call('HSET', P .. 'p:' .. row.id, unpack(flat))
+  for f, v in pairs(changes) do
+    if rawget(row, f) ~= v then row[f] = v; flat[#flat + 1] = f; flat[#flat + 1] = v end
+  end
+  if #flat > 0 then call('HSET', P .. 'p:' .. row.id, unpack(flat)) end
   if counted then recount(row, 1) end
 end
 
 local function erase(row, ...)
-  for _, f in ipairs({...}) do row[f] = NUMERIC[f] and 0 or nil end
-  call('HDEL', P .. 'p:' .. row.id, ...)
+  local held = {}
+  for _, f in ipairs({...}) do if rawget(row, f) ~= nil then row[f] = nil; held[#held + 1] = f end end
+  if #held > 0 then call('HDEL', P .. 'p:' .. row.id, unpack(held)) end
 end
 
 local function ready_member(row) return string.format('%016.0f', row.sseq) .. ':' .. row.id end
 
 local function count_waiting(row, n)
   if row.src and row.src ~= '' then call('HINCRBY', P .. 'src:' .. row.src, 'waiting', n) end
+end
+
+local function uncount(row)
+  if row.state == DROPPED then add('dropped:' .. row.why, -1) else add(COUNTER[row.state], -1) end
 end
 
 -- Takes a row out of the index of its state. Whoever calls it puts the row into another state next.
@@ -156,7 +167,7 @@ local function leave(row)
   elseif row.state == READY then
     call('ZREM', P .. 'ready', ready_member(row))
   end
-  if row.state == DROPPED then add('dropped:' .. row.why, -1) else add(COUNTER[row.state], -1) end
+  uncount(row)
 end
 
 local function free_payload(row)
@@ -492,11 +503,14 @@ end
 
 local SEALED, DUPLICATE, LOST, CONFLICT, NO_VERSION, INVALID, NO_PROMPT = 1, 2, 3, 4, 5, 6, 7
 
+local known_versions = {}  -- label and state of each, read once a call
+
 -- Oldest label of the versions, or a status and the version that has none.
 local function oldest_label(row, versions)
   local label
   for version in string.gmatch(versions, '%d+') do
-    local v = call('HMGET', P .. 'v:' .. version, 'label', 'state')
+    local v = known_versions[version] or call('HMGET', P .. 'v:' .. version, 'label', 'state')
+    known_versions[version] = v
     if not v[1] or tonumber(v[2]) == RESERVED then return nil, {NO_VERSION, 'version', version} end
     if tonumber(v[2]) == VOID then return nil, {INVALID, 'void', version} end
     label = math.min(label or tonumber(v[1]), tonumber(v[1]))
@@ -604,12 +618,15 @@ local function sources_done()
     and call('SCARD', P .. 'sources_open') == 0
 end
 
-local function describe_step(step, repeated)
+local function rows_of(step)
+  local rows = {}
+  for k, id in ipairs(step_ids(step)) do rows[k] = assert(read(id), id .. ' stands in a step and has no row') end
+  return rows
+end
+
+local function describe_step(step, rows, repeated)
   local groups = {}
-  for k, id in ipairs(step_ids(step)) do
-    local row = read(id)
-    groups[k] = {id, row.att, row.facts or '', row.age, row.bytes}
-  end
+  for k, row in ipairs(rows) do groups[k] = {row.id, row.att, row.facts or '', row.age, row.bytes} end
   local bound = tonumber(call('HGET', P .. 'step:' .. key_of(step), 'bound') or 0)
   return {'', 1, groups, repeated, bound, num('pub_label'), checkpoint_wanted()}
 end
@@ -619,20 +636,31 @@ local function pending(why, needed, waited)
           num('pub_label')}
 end
 
+-- A command of many arguments, a thousand at a time: Lua's stack ends at some thousands.
+local function call_in_parts(name, key, args)
+  for from = 1, #args, 1000 do call(name, key, unpack(args, from, math.min(#args, from + 999))) end
+end
+
+-- Gives the taken groups to a step; answers their rows. What removes goes first: a full Redis refuses what grows, unless
+-- something else was written before.
 local function assign(step, taken)
-  local name, bound = key_of(step), num('max_staleness')
-  for i = 1, #taken, 2 do
-    local row = read(string.sub(taken[i], 18))
-    leave(row)
+  local name, bound, rows, ids, members = key_of(step), num('max_staleness'), {}, {}, {}
+  for i = 1, #taken, 2 do members[#members + 1] = taken[i] end
+  call_in_parts('ZREM', P .. 'ready', members)
+  for k, member in ipairs(members) do
+    local row = read(string.sub(member, 18))
+    rows[k], ids[k] = row, row.id
+    uncount(row)
     add('assigned', 1)
     local age = math.max(0, step - 1 - row.lab)
-    write(row, {state = ASSIGNED, step = step, pos = (i - 1) / 2, age = age, bound = bound})
-    call('RPUSH', P .. 'ids:' .. name, row.id)
+    write(row, {state = ASSIGNED, step = step, pos = k - 1, age = age, bound = bound})
     if age > num('max_age') then set('max_age', age) end
   end
-  call('HSET', P .. 'sizes', name, #taken / 2)
+  call_in_parts('RPUSH', P .. 'ids:' .. name, ids)
+  call('HSET', P .. 'sizes', name, #ids)
   call('HSET', P .. 'step:' .. name, 'bound', bound, 'resumes', 0)
   if step > num('leased') then set('leased', step) end
+  return rows
 end
 
 local function drop_tail()
@@ -646,7 +674,7 @@ function C.lease_step()
   local refused = fence_stated(term)
   if refused then return refused end
   local committed = num('committed')
-  if step_size(step) > 0 then return describe_step(step, 1) end
+  if step_size(step) > 0 then return describe_step(step, rows_of(step), 1) end
   if step > committed + 2 then return fail('STEP_AHEAD', 'step', key_of(step), 'committed', key_of(committed)) end
   if step == committed + 2 and step_size(step - 1) == 0 then
     return fail('STEP_SKIPPED', 'step', key_of(step), 'committed', key_of(committed))
@@ -663,8 +691,7 @@ function C.lease_step()
   local taken = call('ZRANGE', P .. 'ready', 0, size - 1, 'WITHSCORES')
   local waited = must_wait(step, taken)
   if waited > 0 then return pending('older', size, waited) end
-  assign(step, taken)
-  return describe_step(step, 0)
+  return describe_step(step, assign(step, taken), 0)
 end
 
 local function parse_dropped(from, n)
@@ -676,9 +703,9 @@ end
 -- A row of a committed step. Its payload stays until the step is trimmed, dropped or not: a resume gets it again.
 local function settle(row, step, pos, why)
   leave(row)
-  write(row, {state = why and DROPPED or TRAINED, step = step, pos = pos})
+  write(row, {state = why and DROPPED or TRAINED, step = step, pos = pos, why = why})
   if why then
-    write(row, {why = why}); add('dropped:' .. why, 1)
+    add('dropped:' .. why, 1)
   else
     erase(row, 'why'); add('trained', 1)
   end
