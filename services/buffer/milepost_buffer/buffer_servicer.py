@@ -160,14 +160,12 @@ class BufferServicer:
                 small, size = pb.FetchGroupsResponse(), 0
             for offset in range(0, len(payload), CHUNK_BYTES):
                 data = payload[offset : offset + CHUNK_BYTES]
-                chunk = pb.GroupChunk(
-                    prompt_id=name, data=data, offset_bytes=offset, total_bytes=len(payload)
-                )
-                if len(payload) > CHUNK_BYTES:
-                    yield pb.FetchGroupsResponse(chunks=[chunk])
-                else:
-                    small.chunks.append(chunk)
+                reply = small if len(payload) <= CHUNK_BYTES else pb.FetchGroupsResponse()
+                reply.chunks.add(prompt_id=name, data=data, offset_bytes=offset, total_bytes=len(payload))
+                if reply is small:
                     size += len(data)
+                else:
+                    yield reply
         if size:
             yield small
 

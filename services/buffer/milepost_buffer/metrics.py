@@ -211,14 +211,18 @@ class LedgerView:
         self._accounts, self._store = accounts, store
 
     async def refresh(self) -> Iterable[Instrument]:
-        """Instruments with the counts as they are now; `milepost_redis_up` alone where Redis is away."""
-        up = Gauge(REDIS_UP)
+        """Instruments with the counts as they are now, of as many runs as the time allows; `milepost_redis_up`
+        alone where Redis is away."""
+        up, counted = Gauge(REDIS_UP), list[t.RunStats]()
         try:
             async with asyncio.timeout(STATS_TIMEOUT_S):
-                counted = [stats for run_id in await self._run_ids() if (stats := await self._of(run_id))]
-        except (MilepostError, TimeoutError):
-            up.set(0)
-            return [up]
+                for run_id in await self._run_ids():
+                    if stats := await self._of(run_id):
+                        counted.append(stats)
+        except (MilepostError, TimeoutError) as error:
+            if isinstance(error, MilepostError) or not counted:
+                up.set(0)
+                return [up]
         up.set(1)
         return [up, *_instruments(counted)]
 

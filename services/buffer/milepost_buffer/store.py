@@ -6,8 +6,9 @@ import hashlib
 import importlib.resources
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
+import hiredis
 from redis import exceptions as redis_errors
 
 from milepost import errors
@@ -68,14 +69,26 @@ class Store:
         return reply[1:]
 
     async def _eval(self, *args: Arg) -> list[Any]:
-        redis: Any = self.link.client
         try:
             try:
-                return await redis.execute_command("EVALSHA", self._sha, 1, *args)
+                return await self._execute("EVALSHA", self._sha, 1, *args)
             except redis_errors.NoScriptError:
-                return await redis.execute_command("EVAL", self._source, 1, *args)
+                return await self._execute("EVAL", self._source, 1, *args)
         except CALL_ERRORS as error:
             raise self.translate(error) from error
+
+    async def _execute(self, *args: Arg) -> Any:
+        """One command on a connection of the pool, packed in C; a connection that fails closes itself.
+
+        Not by `execute_command` of redis-py: that packs in Python, and retries and observes each call.
+        """
+        pool: Any = self.link.client.connection_pool
+        connection = await pool.get_connection()
+        try:
+            await connection.send_packed_command(hiredis.pack_command(cast(Any, args)))
+            return await connection.read_response()
+        finally:
+            await pool.release(connection)
 
     def translate(self, error: Exception) -> errors.MilepostError:
         """The error of our tree for what redis-py raised; it is counted."""
@@ -111,10 +124,9 @@ class Store:
 
     async def command(self, *args: Arg) -> Any:
         """A plain Redis command, with our errors."""
-        redis: Any = self.link.client
         started = time.perf_counter()
         try:
-            reply = await redis.execute_command(*args)
+            reply = await self._execute(*args)
             self.seconds.record(time.perf_counter() - started, str(args[0]).lower())
             return reply
         except CALL_ERRORS as error:
