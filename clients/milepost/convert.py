@@ -5,7 +5,7 @@
 
 One plan per dataclass, made once from its fields and the message's descriptor, so that a field added on both
 sides needs nothing here. Names agree, except that a `Duration` field `x` is the attribute `x_s` in seconds.
-Two are written out by hand: `Prompt`, for its one-of, and `Sample`, of which there are many: half the time.
+Written out by hand are `Prompt`, for its one-of, and what there is of each group: half the time.
 """
 
 from __future__ import annotations
@@ -370,6 +370,70 @@ def _read_span(message: Any) -> t.VersionSpan:
     return t.VersionSpan(start=message.start, end=message.end, weight_version=message.weight_version)
 
 
+def _fill_header(message: Any, value: t.GroupHeader) -> None:
+    message.prompt_id = value.prompt_id
+    message.attempt = value.attempt
+    message.num_tokens.extend(value.num_tokens)
+    message.outcomes.extend(value.outcomes)
+    message.weight_versions.extend(value.weight_versions)
+    message.rewards.extend(value.rewards)
+    message.num_loss_tokens = value.num_loss_tokens
+    message.digest = value.digest
+    message.traceparent = value.traceparent
+
+
+def _read_header(message: Any) -> t.GroupHeader:
+    return t.GroupHeader(
+        prompt_id=message.prompt_id,
+        attempt=message.attempt,
+        num_tokens=tuple(message.num_tokens),
+        outcomes=tuple([t.Outcome(o) for o in message.outcomes]),
+        weight_versions=tuple(message.weight_versions),
+        rewards=tuple(message.rewards),
+        num_loss_tokens=message.num_loss_tokens,
+        digest=message.digest,
+        traceparent=message.traceparent,
+    )
+
+
+def _fill_step_group(message: Any, value: t.StepGroup) -> None:
+    message.prompt_id = value.prompt_id
+    message.position = value.position
+    message.attempt = value.attempt
+    message.num_tokens.extend(value.num_tokens)
+    message.staleness = value.staleness
+    message.payload_bytes = value.payload_bytes
+    message.rewards.extend(value.rewards)
+    message.num_loss_tokens = value.num_loss_tokens
+    message.traceparent = value.traceparent
+
+
+def _read_step_group(message: Any) -> t.StepGroup:
+    return t.StepGroup(
+        prompt_id=message.prompt_id,
+        position=message.position,
+        attempt=message.attempt,
+        num_tokens=tuple(message.num_tokens),
+        staleness=message.staleness,
+        payload_bytes=message.payload_bytes,
+        rewards=tuple(message.rewards),
+        num_loss_tokens=message.num_loss_tokens,
+        traceparent=message.traceparent,
+    )
+
+
+def _fill_seal_result(message: Any, value: t.SealResult) -> None:
+    message.prompt_id = value.prompt_id
+    message.status = value.status
+    message.message = value.message
+
+
+def _read_seal_result(message: Any) -> t.SealResult:
+    return t.SealResult(
+        prompt_id=message.prompt_id, status=t.SealStatus(message.status), message=message.message
+    )
+
+
 def _to_bytes(array: np.ndarray[Any, Any], wire: np.dtype[Any]) -> bytes:
     return (array if array.dtype == wire else array.astype(wire)).tobytes()
 
@@ -378,4 +442,7 @@ _SAMPLE_TEXTS = ("text", "error", "metadata_json", "engine_id", "traceparent")
 _BY_HAND: Mapping[type, tuple[Step, Read]] = {
     t.Prompt: (_fill_prompt, _read_prompt),
     t.Sample: (_fill_sample, _read_sample),
+    t.GroupHeader: (_fill_header, _read_header),
+    t.StepGroup: (_fill_step_group, _read_step_group),
+    t.SealResult: (_fill_seal_result, _read_seal_result),
 }
