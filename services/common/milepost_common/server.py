@@ -108,6 +108,7 @@ class ErrorInterceptor(aio.ServerInterceptor):
 
     def __init__(self, meter: CallMeter) -> None:
         self._meter = meter
+        self._made: dict[str, tuple[Any, Any]] = {}
 
     async def intercept_service(
         self,
@@ -119,6 +120,12 @@ class ErrorInterceptor(aio.ServerInterceptor):
         if handler is None:
             return handler
         method = str(handler_call_details.method)
+        known = self._made.get(method)
+        if known is None or known[0] is not handler:  # another one for each call that is traced
+            known = self._made[method] = handler, self._guarded(handler, method)
+        return known[1]
+
+    def _guarded(self, handler: Any, method: str) -> Any:
         codec: dict[str, Any] = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
