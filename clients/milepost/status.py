@@ -12,6 +12,8 @@ from grpc.aio import AioRpcError
 from milepost import errors
 
 DETAILS_KEY = "grpc-status-details-bin"
+_BROKE_IN_WRITE = "Internal error from Core"
+"""What grpc.aio says, in place of the status, of a stream that ended under a message that was on its way out."""
 
 
 def to_status_bytes(error: errors.MilepostError) -> bytes:
@@ -29,6 +31,8 @@ def to_status_bytes(error: errors.MilepostError) -> bytes:
 def from_rpc_error(rpc_error: AioRpcError) -> errors.MilepostError:
     """Turns what grpc raised into our tree."""
     message = rpc_error.details() or rpc_error.code().name
+    if rpc_error.code() is grpc.StatusCode.INTERNAL and message == _BROKE_IN_WRITE:
+        return errors.Unavailable("the stream broke while a message was sent", reason="STREAM_BROKE")
     for key, value in rpc_error.trailing_metadata() or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             return _from_details(rpc_error.code(), message, value)

@@ -211,8 +211,10 @@ class LedgerView:
         self._accounts, self._store = accounts, store
 
     async def refresh(self) -> Iterable[Instrument]:
-        """Instruments with the counts as they are now, of as many runs as the time allows; `milepost_redis_up`
-        alone where Redis is away."""
+        """Instruments with the counts as they are now, of as many runs as the time allows.
+
+        Where Redis is away, `milepost_redis_up` alone.
+        """
         up, counted = Gauge(REDIS_UP), list[t.RunStats]()
         try:
             async with asyncio.timeout(STATS_TIMEOUT_S):
