@@ -13,7 +13,7 @@ from milepost import errors
 
 DETAILS_KEY = "grpc-status-details-bin"
 _BROKE_IN_WRITE = "Internal error from Core"
-"""What grpc.aio says, in place of the status, of a stream that ended under a message that was on its way out."""
+"""What grpc.aio says, in place of the status, of a stream that ended under a message on its way out."""
 
 
 def to_status_bytes(error: errors.MilepostError) -> bytes:
