@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,7 +49,10 @@ class Accounts:
         prompt_ids: Sequence[str] = (),
         from_step: int = 0,
     ) -> AsyncIterator[list[t.LedgerRow]]:
-        """Pages of rows: by step and position first, then in order of acceptance. A page is one instant."""
+        """Pages of rows: by step and position first, then in order of acceptance. A page is one instant.
+
+        No row is left out of a run that goes on: what came into a step meanwhile is among the latter.
+        """
         wanted = {s for s in states if s != t.PromptState.UNSPECIFIED}
 
         def keep(row: t.LedgerRow | None) -> bool:
@@ -60,15 +63,16 @@ class Accounts:
                 page = await self._read(run_id, prompt_ids[at : at + PAGE])
                 yield [r for r in page if r is not None and keep(r)]
             return
-        async for page in self._by_step(run_id, max(1, from_step)):
+        flat, _, _ = await self._store.call(run_id, "get")
+        last = int(pairs(flat).get("leased", 0))
+        async for page in self._by_step(run_id, range(max(1, from_step), last + 1)):
             yield [r for r in page if keep(r)]
         if from_step == 0:
             async for page in self._by_acceptance(run_id):
-                yield [r for r in page if keep(r) and r.step == 0]
+                yield [r for r in page if keep(r) and not 1 <= r.step <= last]
 
-    async def _by_step(self, run_id: str, first: int) -> AsyncIterator[list[t.LedgerRow]]:
-        flat, _, _ = await self._store.call(run_id, "get")
-        for step in range(first, int(pairs(flat).get("leased", 0)) + 1):
+    async def _by_step(self, run_id: str, steps: Iterable[int]) -> AsyncIterator[list[t.LedgerRow]]:
+        for step in steps:
             ids = await self._store.command("LRANGE", f"{prefix_of(run_id)}ids:{step}", 0, -1)
             for at in range(0, len(ids), PAGE):
                 rows = await self._read(run_id, [i.decode() for i in ids[at : at + PAGE]])

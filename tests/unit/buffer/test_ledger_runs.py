@@ -176,3 +176,16 @@ async def test_limits_of_one_call(bench, make_group) -> None:
         await bench.lease_step(0)
     with pytest.raises(errors.InvalidArgument, match="term"):
         await bench.lease_step(1, term=1 << 60)
+
+
+async def test_a_listing_leaves_out_no_prompt_that_comes_into_a_step_meanwhile(bench) -> None:
+    await bench.train_step(1)
+    names = await bench.put(2)
+    leases = await bench.lease(2)
+    pages = bench.ledger.accounts.rows(bench.run_id)
+    listed = [row.prompt_id for row in await anext(pages)]
+    await bench.seal(leases, versions=(max(bench.versions.values()),))
+    await bench.lease_step(2)
+    listed += [row.prompt_id async for page in pages for row in page]
+    assert sorted(listed) == sorted({*listed})
+    assert set(names) <= set(listed)
