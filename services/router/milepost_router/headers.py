@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from milepost_router.proxy_errors import bad_header
-from milepost_router.routing import Ask
+from milepost_router.routing import ANY, Ask
 from milepost_router.upstream import RawHeaders
 
 _PREFIX = b"x-milepost-"
@@ -59,7 +59,7 @@ def read(headers: RawHeaders) -> Request:
         elif name not in _NOT_PASSED:
             passed.append(name + b": " + value)
     if not ours:
-        return Request(_ANY, 0.0, b"\r\n".join(passed))
+        return Request(ANY, 0.0, b"\r\n".join(passed))
     unknown = sorted(set(ours) - _KNOWN)
     if unknown:
         wanted = f"only {', '.join(f'x-milepost-{name}' for name in sorted(_KNOWN))}"
@@ -71,9 +71,6 @@ def read(headers: RawHeaders) -> Request:
         session=ours.get("session", ""),
     )
     return Request(ask, _number(ours, "deadline-ms") / 1000, b"\r\n".join(passed))
-
-
-_ANY = Ask()
 
 
 def request_head(method: str, target: bytes, host: str, passed: bytes, body_bytes: int) -> bytes:

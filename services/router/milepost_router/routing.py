@@ -45,6 +45,10 @@ class Ask:
         return ", ".join(parts)
 
 
+ANY = Ask()
+"""Of a request that demands nothing. `choose` knows it by identity: most requests are such ones."""
+
+
 def accepts(ask: Ask, record: EngineRecord) -> bool:
     """The engine's run and version fit, whatever its state."""
     if ask.run_id and record.run_id not in ("", ask.run_id):
@@ -62,6 +66,8 @@ def choose(
     policy: Policy = "session_affinity",
 ) -> EngineRecord | None:
     """The engine for a request, or None where none fits now."""
+    if ask is ANY and not tried:
+        return _least_loaded(engines)
     fitting = [e for e in engines if e.routable and accepts(ask, e) and e not in tried]
     if len(fitting) < 2:
         return fitting[0] if fitting else None
@@ -89,6 +95,17 @@ def describe_fleet(engines: Iterable[EngineRecord], ask: Ask) -> str:
         f"{'' if e.state is EngineState.SERVING else f' ({e.detail})'}"
         for e in sorted(mine, key=lambda e: e.engine_id)
     )
+
+
+def _least_loaded(engines: Iterable[EngineRecord]) -> EngineRecord | None:
+    """The same choice for a request that demands nothing, without a list and a key for each engine."""
+    best: EngineRecord | None = None
+    for engine in engines:
+        if engine.state is not EngineState.SERVING or engine.suspect or engine.leaving:
+            continue
+        if best is None or (engine.in_flight <= best.in_flight and _load(engine) < _load(best)):
+            best = engine
+    return best
 
 
 def _load(engine: EngineRecord) -> tuple[int, int, str]:

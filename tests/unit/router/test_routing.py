@@ -59,6 +59,25 @@ def test_suspects_and_those_that_were_tried_take_none():
     assert routing.choose(engines, Ask("run"), tried=[engines[1]]) is None
 
 
+_ENGINES = st.lists(
+    st.tuples(st.sampled_from([S.SERVING, S.SERVING, S.UPDATING]), st.integers(0, 2), st.integers(0, 2),
+              st.booleans(), st.booleans()),
+    max_size=6,
+)  # fmt: skip
+
+
+@given(_ENGINES)
+def test_a_request_that_demands_nothing_goes_where_the_policy_says(engines):
+    records = [
+        record(str(i), state=state, in_flight=flight, requests_total=total, suspect=suspect, leaving=leaving)
+        for i, (state, flight, total, suspect, leaving) in enumerate(engines)
+    ]
+    fitting = [e for e in records if e.state is S.SERVING and not e.suspect and not e.leaving]
+    expected = min(fitting, key=lambda e: (e.in_flight, e.requests_total, e.engine_id), default=None)
+    assert routing.choose(records, routing.ANY) is expected
+    assert routing.choose(records, Ask()) is expected
+
+
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=20, unique=True), st.integers(2, 6))
 def test_a_session_moves_only_when_its_engine_leaves(sessions, count):
     engines = [record(f"e{i}") for i in range(count)]
