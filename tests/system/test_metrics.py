@@ -104,7 +104,7 @@ def agree(said: dict[str, Page], stats: Any, last: dict[str, Any], run_id: str) 
     assert asks == router["milepost_proxy_requests_total", "ok"] > 0
     given = sum(v for k, v in router.items() if k[0] == "milepost_engine_requests_total")
     ended = [v for e in SERVICES[2:4] for k, v in said[e].items() if k[0] == "sglang:num_requests_total"]
-    # An evaluation whose version is replaced is taken from its engine: given, and not answered.
+    # What was taken from an engine, by an evaluation's end for example, was given to it and not answered.
     assert asks <= given
     assert asks <= sum(ended)
     assert rollout["milepost_samples_in_flight",] == router["milepost_proxy_in_flight",] == 0
