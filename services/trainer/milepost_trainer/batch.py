@@ -170,7 +170,7 @@ class SequenceBatch:
         """
         chosen = np.array([i for i in indexes if self.fed[i] > 0], dtype=np.int64)
         if chosen.size == 0:
-            return _dummy(device)
+            return dummy_batch(device)
         fed = self.fed[chosen]
         feed_at = _ranges(self.starts[chosen], fed)
         packed_starts = _starts(fed)
@@ -225,7 +225,7 @@ def _ranges(starts: IntArray, lengths: IntArray) -> IntArray:
     return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(starts - _starts(lengths), lengths)
 
 
-def _dummy(device: torch.device | None) -> MicroBatch:
+def dummy_batch(device: torch.device | None) -> MicroBatch:
     """One token through the model and a zero-weight prediction of it: parameters get zero gradients."""
     one = torch.zeros(1, dtype=torch.int64, device=device)
     nothing = torch.zeros(1, dtype=torch.float32, device=device)

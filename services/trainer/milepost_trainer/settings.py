@@ -163,6 +163,29 @@ class SftSettings(Table):
     """Add the tokenizer's end-of-sequence token to completions that do not end with it."""
 
 
+class DebugSettings(Table):
+    """Faults by order, to rehearse what happens then: `[trainer.debug]`. Not for a run that matters."""
+
+    enabled: bool = False
+    """Without it every other key of this table is refused."""
+    out_of_memory: Literal["", "forward", "head", "backward", "clip", "optimizer"] = ""
+    """Where a rank runs out of memory: in a pass (before the middle layer, before the LM head, on the way
+    back), or once in the gradient norm or the optimizer."""
+    out_of_memory_rank: int = Field(default=0, ge=0)
+    """Which rank."""
+    out_of_memory_tokens: int = Field(default=0, ge=0)
+    """Passes of more tokens than this run out of memory."""
+
+    @model_validator(mode="after")
+    def _is_asked_for(self) -> DebugSettings:
+        if self.out_of_memory and not self.enabled:
+            raise ValueError(
+                f"debug.out_of_memory is {self.out_of_memory!r}, which breaks passes on purpose: take it "
+                "away, or set debug.enabled = true if that is what you want"
+            )
+        return self
+
+
 class SamplingTable(Table):
     """Sampling of every prompt that does not override it: `[run.sampling]`."""
 
@@ -309,3 +332,5 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """What is written down."""
     sft: SftSettings = SftSettings()
     """Supervised warm start."""
+    debug: DebugSettings = DebugSettings()
+    """Faults by order."""

@@ -1,6 +1,6 @@
 """The interface between the step loop and a way of sharding a model.
 
-    train_micro_batch * n -> step          one optimizer update
+    attempt(train_micro_batch) * n -> step one optimizer update; after discard its micro-batches come again
     gather_bucket * n                      weights for the engines, between updates
     save / load / export_hf                weights and optimizer for the disk
 
@@ -12,9 +12,10 @@ thread-safe, so one thread calls it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,8 @@ from milepost_trainer.batch import MicroBatch
 from milepost_trainer.buckets import Bucket
 from milepost_trainer.objectives.base import Objective
 from milepost_trainer.world import World
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,13 @@ class StepResult:
         grad_norm: global L2 norm of the gradients before clipping; may be inf or nan.
         learning_rate: the rate that was used.
         skipped: True when the norm was not finite: parameters and optimizer are as they were.
+        retries: how often it was begun again for want of memory; ranks add up.
     """
 
     grad_norm: float
     learning_rate: float
     skipped: bool
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,32 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def attempt(self, work: Callable[[MicroBatch], T], batch: MicroBatch) -> T | None:
+        """Make a pass that may run out of memory on this rank alone, and keep the ranks in step if it does.
+
+        Args:
+            work: calls ``forward_logprobs`` and ``train_micro_batch``, the same for any batch it is given.
+            batch: this rank's micro-batch.
+
+        Returns:
+            What ``work`` returns, or None where this rank ran out of memory. The ranks then have to agree: if
+            any ran out, all ``discard``.
+
+        Raises:
+            DoesNotFit: not even one token goes through.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Forget everything since the last ``step``: gradients, and random numbers that were drawn."""
+
+    @abstractmethod
     def step(self) -> StepResult:
-        """Clip, update the parameters at the scheduled rate, and clear the gradients."""
+        """Clip, update the parameters at the scheduled rate, and clear the gradients.
+
+        Raises:
+            DoesNotFit: some rank ran out of memory, twice; raised on all ranks.
+        """
 
     @abstractmethod
     def plan_buckets(self, *, bucket_bytes: int, wire_dtype: str | None) -> tuple[Bucket, ...]:

@@ -10,20 +10,24 @@ same numbers, no hooks.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from milepost_trainer import buckets as bucket_plan
 from milepost_trainer.backends.base import Backend, MicroBatchResult, StepResult
+from milepost_trainer.backends.faults import Faults
+from milepost_trainer.backends.gradients import scale_gradients, squared_norm
+from milepost_trainer.backends.random_state import RandomState
+from milepost_trainer.backends.recovery import Recovery
 from milepost_trainer.batch import MicroBatch
 from milepost_trainer.buckets import Bucket
 from milepost_trainer.export import write_hf_export
@@ -34,6 +38,7 @@ from milepost_trainer.settings import TrainerSettings
 from milepost_trainer.world import World
 
 _PREFIX = "lm."
+T = TypeVar("T")
 
 
 class FsdpBackend(Backend):
@@ -70,6 +75,10 @@ class FsdpBackend(Backend):
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        self._recovery = Recovery(world, [m for m in (self._policy, self._reference) if m is not None])
+        self._random = RandomState(world.device)
+        self._faults = Faults(settings.debug, rank=world.rank)
+        self._faults.install(self._policy, self._optimizer)
 
     # ------------------------------------------------------------------ training
 
@@ -96,20 +105,37 @@ class FsdpBackend(Backend):
             reports["entropy_loss"] = scores.entropy
         return _summarise(loss.detach(), batch, reports)
 
+    def attempt(self, work: Callable[[MicroBatch], T], batch: MicroBatch) -> T | None:
+        """See ``Backend.attempt``."""
+        self._random.mark()
+        return self._recovery.attempt(work, batch)
+
+    def discard(self) -> None:
+        """See ``Backend.discard``."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._recovery.unwind()
+        self._random.restore()
+
     def step(self) -> StepResult:
         """See ``Backend.step``."""
         rate = self._rate()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        norm = _full(
-            nn.utils.clip_grad_norm_(self._parameters, self._settings.optimizer.max_grad_norm)
-        ).item()
-        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        squared, tries = self._recovery.together(self._squared_norm, what="the gradient norm")
+        retries = tries if self.world.leads else 0
+        norm = math.sqrt(squared)
+        skipped = not math.isfinite(norm)
         if not skipped:
-            self._optimizer.step()
+            scale_gradients(self._parameters, self._settings.optimizer.max_grad_norm / (norm + 1e-6))
+            retries += self._recovery.move(self._optimizer)
         self._optimizer.zero_grad(set_to_none=True)
+        self._random.forget()
         self.num_updates += 1
-        return StepResult(grad_norm=norm, learning_rate=rate, skipped=skipped)
+        return StepResult(grad_norm=norm, learning_rate=rate, skipped=skipped, retries=retries)
+
+    def _squared_norm(self) -> float:
+        self._faults.clipping()
+        return squared_norm(self._parameters)
 
     def _rate(self) -> float:
         schedule = self._settings.schedule
