@@ -2,40 +2,25 @@
 
     MicroBatch --decoder, packed attention--> hidden [T, H] --rows that predict--> [M, H] --head--> scores [M]
 
-The LM head works in chunks of tokens that are computed again in the backward pass, so ``[tokens,
-vocabulary]`` never exists at once. The wrapper is the root module that a backend shards: parameters of the
-head are whole while its forward runs.
+Logits exist for a chunk of tokens at a time (``head``). The wrapper is the root module that a backend shards:
+parameters of the head are whole while its forward runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from milepost_trainer import attention
 from milepost_trainer.batch import MicroBatch
+from milepost_trainer.head import TokenScores, score_tokens
 
 _UNSUPPORTED_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """What the policy says of each predicted token.
-
-    Attributes:
-        logprobs: float32 [M], nats, at the sampling temperature.
-        entropy: float32 [M], nats, without gradient; None when not asked for.
-    """
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor | None
 
 
 class Policy(nn.Module):
@@ -82,68 +67,6 @@ class Policy(nn.Module):
             chunk_tokens=self.head_chunk_tokens,
             with_entropy=with_entropy,
         )
-
-
-def score_tokens(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    target: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    temperature: torch.Tensor | None = None,
-    chunk_tokens: int = 4096,
-    with_entropy: bool = False,
-) -> TokenScores:
-    """Log-softmax of ``hidden @ weight.T / temperature`` at the target tokens, chunk by chunk.
-
-    Args:
-        hidden: [M, H] hidden states that predict.
-        weight: [V, H] of the LM head.
-        target: int64 [M].
-        bias: [V] or None.
-        temperature: float32 [M] or None for 1.
-        chunk_tokens: tokens whose logits exist at once; above it, logits are computed again in backward.
-        with_entropy: also return the entropy of each position.
-
-    Returns:
-        Scores of all M tokens.
-    """
-    size = hidden.shape[0]
-    if size <= chunk_tokens:
-        return TokenScores(*_score_chunk(hidden, weight, bias, target, temperature, with_entropy))
-    logprobs: list[torch.Tensor] = []
-    entropy: list[torch.Tensor] = []
-    for start in range(0, size, chunk_tokens):
-        cut = slice(start, start + chunk_tokens)
-        heat = None if temperature is None else temperature[cut]
-        part = checkpoint(
-            _score_chunk, hidden[cut], weight, bias, target[cut], heat, with_entropy, use_reentrant=False
-        )
-        part_logprobs, part_entropy = cast(tuple[torch.Tensor, torch.Tensor | None], part)
-        logprobs.append(part_logprobs)
-        if part_entropy is not None:
-            entropy.append(part_entropy)
-    return TokenScores(torch.cat(logprobs), torch.cat(entropy) if entropy else None)
-
-
-def _score_chunk(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    temperature: torch.Tensor | None,
-    with_entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    logits = nn.functional.linear(hidden, weight, bias)
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    if temperature is not None:
-        logits = logits / temperature[:, None]
-    scores = torch.log_softmax(logits, dim=-1)
-    entropy = None
-    if with_entropy:
-        with torch.no_grad():
-            entropy = -(scores.exp() * scores).sum(-1)
-    return scores.gather(-1, target[:, None])[:, 0], entropy
 
 
 def load_policy(

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from milepost_trainer.batch import MicroBatch
+from milepost_trainer.head import TokenScores
 from milepost_trainer.layout import PackedLayout
 from milepost_trainer.objectives.base import Objective, token_weights
 from milepost_trainer.objectives.build import build_objective
 from milepost_trainer.objectives.grpo import Grpo
 from milepost_trainer.objectives.kl import estimate_kl
 from milepost_trainer.objectives.sft import Sft
-from milepost_trainer.policy import TokenScores
 from milepost_trainer.settings import ObjectiveSettings
 
 # Three answers of 3, 1 and 2 tokens, with their policies' log-probs (nats).

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from milepost_trainer.batch import MicroBatch, SequenceBatch, TrainSequence
+from milepost_trainer.head import score_tokens
 from milepost_trainer.layout import PackedLayout
-from milepost_trainer.policy import Policy, load_policy, score_tokens
+from milepost_trainer.policy import Policy, load_policy
 
 
 def _sequences(seed: int = 0, lengths: tuple[int, ...] = (7, 3, 20, 9, 2, 20, 11)) -> list[TrainSequence]:

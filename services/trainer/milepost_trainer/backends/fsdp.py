@@ -102,7 +102,7 @@ class FsdpBackend(Backend):
         (loss * self.world.size).backward()
         reports = dict(result.reports)
         if scores.entropy is not None:
-            reports["entropy_loss"] = scores.entropy
+            reports["entropy_loss"] = scores.entropy.detach()
         return _summarise(loss.detach(), batch, reports)
 
     def attempt(self, work: Callable[[MicroBatch], T], batch: MicroBatch) -> T | None:

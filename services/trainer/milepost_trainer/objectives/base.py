@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from milepost_trainer.batch import MicroBatch
-from milepost_trainer.policy import TokenScores
+from milepost_trainer.head import TokenScores
 
 LossAggregation = Literal["token", "sequence"]
 

@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from milepost_trainer.batch import MicroBatch
+from milepost_trainer.head import TokenScores
 from milepost_trainer.objectives.base import Objective, TokenLoss
 from milepost_trainer.objectives.kl import KlEstimator, estimate_kl
-from milepost_trainer.policy import TokenScores
 
 _STD_EPS = 1e-6
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milepost_trainer.batch import MicroBatch
+from milepost_trainer.head import TokenScores
 from milepost_trainer.objectives.base import Objective, TokenLoss
-from milepost_trainer.policy import TokenScores
 
 
 @dataclass(frozen=True)
