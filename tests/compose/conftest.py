@@ -41,7 +41,8 @@ async def project(images: None) -> AsyncIterator[Compose]:
 async def hosts(images: None) -> AsyncIterator[tuple[Compose, Compose]]:
     """rollout.yaml and trainer.yaml, not up yet: two networks, joined by ports on Docker's bridge."""
     here = await gateway()
-    both = variables(steps=60) | {"BIND": here, "TRAINER_HOST": here, "ROLLOUT_HOST": here}
+    addresses = {"BIND": here, "TRAINER_HOST": here, "ROLLOUT_HOST": here}
+    both = variables(steps=60) | addresses | {"COMPOSE_PROFILES": "cpu"}
     rollout = Compose(name=f"{NAME}-rollout", file=FOLDER / "rollout.yaml", variables=both)
     trainer = Compose(name=f"{NAME}-trainer", file=FOLDER / "trainer.yaml", variables=both)
     try:

@@ -3,33 +3,24 @@ images share the layers that they are to share. Needs the command `docker compos
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from compose_project import has_compose
 from stack import ROOT, run
 
 FILES = sorted((ROOT / "deploy" / "compose").glob("*.yaml"))
 COMMAND = re.compile(r"docker compose ((?:(?:-f|--profile) \S+ )+)")
-HOSTS = {"TRAINER_HOST": "10.0.0.2", "ROLLOUT_HOST": "10.0.0.1"}
+HOSTS = {"TRAINER_HOST": "10.0.0.2", "ROLLOUT_HOST": "10.0.0.1", "COMPOSE_PROFILES": "cpu"}
 SHARED = {
     "no torch": ("buffer/Dockerfile", "router/Dockerfile", "rollout/Dockerfile"),
     "torch": ("rollout/engine.Dockerfile", "trainer/Dockerfile"),
+    "CUDA": ("rollout/sglang.Dockerfile", "trainer/cuda.Dockerfile"),
 }
-
-
-def has_compose() -> bool:
-    """Whether `docker compose` is a command here; where containers are tested it must be."""
-    if os.environ.get("MILEPOST_COMPOSE") == "1":
-        return True
-    docker = shutil.which("docker")
-    return bool(docker) and not subprocess.run([docker, "compose", "version"], capture_output=True).returncode
 
 
 @pytest.mark.skipif(not has_compose(), reason="`docker compose` is not a command here")

@@ -6,7 +6,9 @@ import asyncio
 import ipaddress
 import json
 import os
+import shutil
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -32,6 +34,14 @@ MARKS = [
     ),
     pytest.mark.timeout(2400),
 ]
+
+
+def has_compose() -> bool:
+    """Whether `docker compose` is a command here; where containers are tested it must be."""
+    if os.environ.get("MILEPOST_COMPOSE") == "1":
+        return True
+    docker = shutil.which("docker")
+    return bool(docker) and not subprocess.run([docker, "compose", "version"], capture_output=True).returncode
 
 
 @dataclass(frozen=True)
