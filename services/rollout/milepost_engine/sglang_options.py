@@ -19,6 +19,8 @@ from milepost.errors import InvalidArgument
 from milepost_engine.settings import EngineSettings
 
 FLUSHES_WHEN_PAUSED = (0, 5, 21)
+WEIGHT_HOOK = "milepost_engine.weight_hook.load"
+"""What every engine that we launch can load weights by; named here since that module needs torch."""
 _OWN = {
     "model_path": "model",
     "model": "model",
@@ -45,6 +47,8 @@ def arguments(settings: EngineSettings, *, port: int, release: str) -> list[str]
     if _numbers(release) < FLUSHES_WHEN_PAUSED:
         # It flushes cached prefixes only at rest: under load, KV of older weights would outlive an update.
         options.setdefault("disable_radix_cache", True)
+    theirs: list[Any] = _as_list(options.get("custom_weight_loader"))
+    options["custom_weight_loader"] = [*theirs, WEIGHT_HOOK]
     own: dict[str, Any] = {
         "model_path": str(settings.model),
         "host": settings.host,
@@ -86,6 +90,10 @@ def _options(settings: EngineSettings) -> dict[str, Any]:
             )
         found[name] = value
     return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [] if value is None else [value]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
 
 
 def _words(name: str, value: Any) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from milepost.errors import InvalidArgument
 from milepost_engine import gpus
 from milepost_engine.settings import EngineSettings, from_command_line
-from milepost_engine.sglang_options import arguments, gpu_indices
+from milepost_engine.sglang_options import WEIGHT_HOOK, arguments, gpu_indices
 
 OWN = ["--model-path", "/m", "--host", "127.0.0.1", "--port", "30001", "--served-model-name", "m"]
+
+HOOK = ["--custom-weight-loader", WEIGHT_HOOK]
 
 
 def _settings(sglang: dict[str, Any], **changes: Any) -> EngineSettings:
@@ -36,7 +39,15 @@ def _arguments(sglang: dict[str, Any], *, release: str = "0.5.21", **changes: An
     ],
 )
 def test_options_are_passed_through_as_flags(option, words):
-    assert _arguments(option) == OWN + words
+    assert _arguments(option) == OWN + words + HOOK
+
+
+def test_our_loader_of_weights_stands_beside_theirs():
+    ours = ["--custom-weight-loader", "my.loader", HOOK[-1]]
+    assert _arguments({"custom_weight_loader": ["my.loader"]}) == OWN + ours
+    assert _arguments({"custom-weight-loader": "my.loader"}) == OWN + ours
+    module, _, function = HOOK[-1].rpartition(".")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 @pytest.mark.parametrize(
