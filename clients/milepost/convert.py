@@ -65,6 +65,7 @@ _MESSAGES: Mapping[type, Any] = {
     t.EngineCapabilities: router_pb2.EngineCapabilities,
     t.Engine: router_pb2.Engine,
     t.Registration: router_pb2.RegisterEngineResponse,
+    t.Heard: router_pb2.HeartbeatResponse,
     t.Fleet: router_pb2.ListEnginesResponse,
     t.TensorSpec: router_pb2.TensorSpec,
     t.WeightMember: router_pb2.WeightMember,

@@ -28,10 +28,10 @@ class RouterClient(ServiceClient):
         request = pb.RegisterEngineRequest(engine=to_proto(engine), admin_api_key=admin_api_key)
         return from_proto(t.Registration, await self._call(self._stub.RegisterEngine, request))
 
-    async def heartbeat(self, engine_id: str, *, instance_id: str) -> t.EngineState:
+    async def heartbeat(self, engine_id: str, *, instance_id: str) -> t.Heard:
         """Keeps a registered engine alive; NotFound: register again."""
         request = pb.HeartbeatRequest(engine_id=engine_id, instance_id=instance_id)
-        return t.EngineState((await self._call(self._stub.Heartbeat, request)).state)
+        return from_proto(t.Heard, await self._call(self._stub.Heartbeat, request))
 
     async def drain_engine(self, engine_id: str, *, max_wait_s: float | None = None) -> int:
         """Sends an engine no new requests; returns how many are still in flight."""

@@ -33,6 +33,9 @@ class EngineCapabilities:
     tensor_parallel_size: int = 1
     gpu_uuids: tuple[str, ...] = ()
     context_length: int = 0
+    restartable: bool = False
+    nccl_version: str = ""
+    weight_hook: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,14 @@ class Registration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Heard:
+    """A heartbeat's answer: the engine's state, and whether its process must be started again."""
+
+    state: EngineState = EngineState.UNSPECIFIED
+    restart: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fleet:
     """The engines, ordered by id, at one fleet epoch."""
 
@@ -87,6 +98,8 @@ class WeightMember:
     rank_offset: int = 0
     tensor_parallel_size: int = 1
     gpu_uuids: tuple[str, ...] = ()
+    weight_hook: str = ""
+    instance_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +119,7 @@ class PrepareRequest:
     engine_ids: tuple[str, ...] = ()
     timeout_s: float | None = None
     group_name: str = ""
+    nccl_version: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +140,7 @@ class HandlesOfEngine:
 
     engine_id: str = ""
     handles: tuple[bytes, ...] = ()
+    load_format: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +153,7 @@ class BucketHeader:
     tensors: tuple[TensorSpec, ...] = ()
     handles: tuple[HandlesOfEngine, ...] = ()
     size_bytes: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,6 +142,9 @@ class EngineCapabilities(_message.Message):
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    RESTARTABLE_FIELD_NUMBER: _builtins.int
+    NCCL_VERSION_FIELD_NUMBER: _builtins.int
+    WEIGHT_HOOK_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """Name and version of the engine, for example "sglang 0.5.17" or "milepost 0.5.21"."""
     update_session: _builtins.bool
@@ -154,6 +157,12 @@ class EngineCapabilities(_message.Message):
     """Tensor-parallel ranks. Unset: 1."""
     context_length: _builtins.int
     """Longest prompt plus output in tokens; 0: unknown."""
+    restartable: _builtins.bool
+    """Its launcher kills it and starts it again when the answer to a heartbeat says so."""
+    nccl_version: _builtins.str
+    """NCCL it runs with, "2.28.9". Empty: unknown."""
+    weight_hook: _builtins.str
+    """Import path of our loader of weights, where its server was told of it: updates may name it as their format. Empty: none."""
     @_builtins.property
     def transports(self) -> _containers.RepeatedScalarFieldContainer[Global___Transport.ValueType]:
         """Transports it takes."""
@@ -173,10 +182,13 @@ class EngineCapabilities(_message.Message):
         tensor_parallel_size: _builtins.int = ...,
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
         context_length: _builtins.int = ...,
+        restartable: _builtins.bool = ...,
+        nccl_version: _builtins.str = ...,
+        weight_hook: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "context_length", b"context_length", "engine", b"engine", "gpu_uuids", b"gpu_uuids", "tensor_parallel_size", b"tensor_parallel_size", "transports", b"transports", "update_session", b"update_session", "version_spans", b"version_spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "context_length", b"context_length", "engine", b"engine", "gpu_uuids", b"gpu_uuids", "nccl_version", b"nccl_version", "restartable", b"restartable", "tensor_parallel_size", b"tensor_parallel_size", "transports", b"transports", "update_session", b"update_session", "version_spans", b"version_spans", "weight_hook", b"weight_hook"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -347,16 +359,20 @@ class HeartbeatResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STATE_FIELD_NUMBER: _builtins.int
+    RESTART_FIELD_NUMBER: _builtins.int
     state: Global___EngineState.ValueType
     """Its state."""
+    restart: _builtins.bool
+    """Its process hangs in a collective that it cannot leave: kill it, start it again, register the new instance."""
     def __init__(
         self,
         *,
         state: Global___EngineState.ValueType = ...,
+        restart: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["restart", b"restart", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -613,6 +629,7 @@ class PrepareWeightsRequest(_message.Message):
     ENGINE_IDS_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     GROUP_NAME_FIELD_NUMBER: _builtins.int
+    NCCL_VERSION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     term: _builtins.int
@@ -632,7 +649,9 @@ class PrepareWeightsRequest(_message.Message):
     master_port: _builtins.int
     """And its port."""
     group_name: _builtins.str
-    """Open a group of this name again instead of a new one. Unset: `<run>/<term>/<version>/<attempt>`."""
+    """The group that rank 0 still holds (gloo, nccl); used again where its members are the same. Empty: none."""
+    nccl_version: _builtins.str
+    """NCCL of rank 0, "2.28.9"; engines with another one are left out (nccl). Empty: unknown."""
     @_builtins.property
     def manifest(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """Every tensor that will be sent."""
@@ -661,10 +680,11 @@ class PrepareWeightsRequest(_message.Message):
         engine_ids: _abc.Iterable[_builtins.str] | None = ...,
         timeout: _duration_pb2.Duration | None = ...,
         group_name: _builtins.str = ...,
+        nccl_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "engine_ids", b"engine_ids", "group_name", b"group_name", "label", b"label", "manifest", b"manifest", "master_address", b"master_address", "master_port", b"master_port", "pause_mode", b"pause_mode", "run_id", b"run_id", "term", b"term", "timeout", b"timeout", "transport", b"transport", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "engine_ids", b"engine_ids", "group_name", b"group_name", "label", b"label", "manifest", b"manifest", "master_address", b"master_address", "master_port", b"master_port", "nccl_version", b"nccl_version", "pause_mode", b"pause_mode", "run_id", b"run_id", "term", b"term", "timeout", b"timeout", "transport", b"transport", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -680,12 +700,18 @@ class WeightMember(_message.Message):
     RANK_OFFSET_FIELD_NUMBER: _builtins.int
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
     GPU_UUIDS_FIELD_NUMBER: _builtins.int
+    WEIGHT_HOOK_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """The engine."""
     rank_offset: _builtins.int
     """Rank of its first tensor-parallel rank in the group, from 1."""
     tensor_parallel_size: _builtins.int
     """Its tensor-parallel ranks."""
+    weight_hook: _builtins.str
+    """Its loader of weights. Empty: it takes flattened buckets alone."""
+    instance_id: _builtins.str
+    """Its instance; empty for one known by URL alone."""
     @_builtins.property
     def gpu_uuids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """UUID of each rank's GPU, for cuda_ipc."""
@@ -697,10 +723,12 @@ class WeightMember(_message.Message):
         rank_offset: _builtins.int = ...,
         tensor_parallel_size: _builtins.int = ...,
         gpu_uuids: _abc.Iterable[_builtins.str] | None = ...,
+        weight_hook: _builtins.str = ...,
+        instance_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "gpu_uuids", b"gpu_uuids", "rank_offset", b"rank_offset", "tensor_parallel_size", b"tensor_parallel_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "gpu_uuids", b"gpu_uuids", "instance_id", b"instance_id", "rank_offset", b"rank_offset", "tensor_parallel_size", b"tensor_parallel_size", "weight_hook", b"weight_hook"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -725,7 +753,7 @@ class PrepareWeightsResponse(_message.Message):
     fleet_epoch: _builtins.int
     """The fleet epoch it was opened in; a change of members ends it."""
     group_name: _builtins.str
-    """Name of the group to join as rank 0 (gloo, nccl)."""
+    """Name of the group to join as rank 0 (gloo, nccl); that of the request where it is used again."""
     world_size: _builtins.int
     """Ranks of the group, the trainer's included."""
     @_builtins.property
@@ -762,6 +790,7 @@ class UpdateWeightsRequest(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     HANDLES_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    WHOLE_FIELD_NUMBER: _builtins.int
     transaction_id: _builtins.str
     """The transaction."""
     fleet_epoch: _builtins.int
@@ -770,6 +799,8 @@ class UpdateWeightsRequest(_message.Message):
     """Index of the bucket, from 0, without gaps."""
     size_bytes: _builtins.int
     """Bytes of the bucket."""
+    whole: _builtins.bool
+    """This one bucket is the whole manifest; `tensors` is left empty."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """Its tensors, laid out back to back in this order, without padding."""
@@ -787,10 +818,11 @@ class UpdateWeightsRequest(_message.Message):
         tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
         handles: _abc.Iterable[Global___HandlesOfEngine] | None = ...,
         size_bytes: _builtins.int = ...,
+        whole: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_index", b"bucket_index", "fleet_epoch", b"fleet_epoch", "handles", b"handles", "size_bytes", b"size_bytes", "tensors", b"tensors", "transaction_id", b"transaction_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_index", b"bucket_index", "fleet_epoch", b"fleet_epoch", "handles", b"handles", "size_bytes", b"size_bytes", "tensors", b"tensors", "transaction_id", b"transaction_id", "whole", b"whole"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -804,8 +836,11 @@ class HandlesOfEngine(_message.Message):
 
     ENGINE_ID_FIELD_NUMBER: _builtins.int
     HANDLES_FIELD_NUMBER: _builtins.int
+    LOAD_FORMAT_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """The engine. Empty: every member."""
+    load_format: _builtins.str
+    """Who reads them in the engine: the member's weight_hook. Empty: the engine's own reader of flattened buckets."""
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """One handle a tensor-parallel rank, opaque to the router."""
@@ -815,10 +850,11 @@ class HandlesOfEngine(_message.Message):
         *,
         engine_id: _builtins.str = ...,
         handles: _abc.Iterable[_builtins.bytes] | None = ...,
+        load_format: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "handles", b"handles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "handles", b"handles", "load_format", b"load_format"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

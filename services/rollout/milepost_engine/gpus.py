@@ -1,4 +1,4 @@
-"""UUIDs of the GPUs that this process may use, as NVIDIA's driver names them; no torch, no CUDA context.
+"""GPUs that this process may use, as NVIDIA's driver names them, and its NCCL; no torch, no CUDA context.
 
 An engine's ranks are found by them where an index would mean another GPU in another container.
 """
@@ -6,6 +6,7 @@ An engine's ranks are found by them where an index would mean another GPU in ano
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import logging
 import os
 from collections.abc import Sequence
@@ -44,6 +45,16 @@ def _named(listing: Sequence[str], part: str) -> str:
     if part.isdecimal():
         return listing[int(part)] if int(part) < len(listing) else ""
     return next((uuid for uuid in listing if part and uuid.startswith(part)), "")
+
+
+def nccl_version() -> str:
+    """The NCCL of this environment, as in "2.28.9"; empty where not exactly one package brings it."""
+    found = {
+        each.version
+        for each in importlib.metadata.distributions()
+        if str(each.metadata["Name"]).startswith("nvidia-nccl-cu")
+    }
+    return found.pop() if len(found) == 1 else ""
 
 
 async def _listing() -> list[str]:

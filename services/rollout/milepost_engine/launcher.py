@@ -4,6 +4,9 @@
         ^                             |
         +-- died, or hangs: killed ---+      it has the weights it starts with: the router finds it STALE
 
+The router knows of a hang that cannot be seen from here, in a collective whose other members are gone; it
+says so in its answer to a heartbeat.
+
 This process owns the server's whole tree: it runs in a process group of its own, is killed as a group, and
 dies with this process (`leashed`). A start that fails is tried again with growing pauses, `MAX_FAILED_STARTS`
 times in a row; the first start of all is not, since its settings are the likely cause. Each start registers
@@ -58,6 +61,7 @@ class Launcher:
       port: where it will listen.
       release: named in the readiness line.
       gpu_uuids: its GPUs, one a rank; empty: unknown.
+      nccl_version: of the NCCL that it runs with; empty: unknown.
     """
 
     def __init__(
@@ -69,9 +73,10 @@ class Launcher:
         port: int,
         release: str,
         gpu_uuids: tuple[str, ...] = (),
+        nccl_version: str = "",
     ) -> None:
         self._settings, self._module, self._arguments = settings, module, tuple(arguments)
-        self._release, self._gpu_uuids = release, gpu_uuids
+        self._release, self._gpu_uuids, self._nccl_version = release, gpu_uuids, nccl_version
         self._reached = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
         self._url = f"http://{self._reached}:{port}"
         self._announced = False
@@ -103,7 +108,7 @@ class Launcher:
             await self._warm_up(stop)
             self._announce()
             registrar = self._register()
-            await self._watch(process, stop)
+            await self._watch(process, stop, registrar.restart if registrar else asyncio.Event())
             if registrar and process.returncode is None and stop.is_set():
                 await registrar.close()
                 registrar = None
@@ -174,23 +179,36 @@ class Launcher:
             return None
         registrar = Registrar(
             self._settings.router,
-            engine=introduce(self._settings, url=self._url, gpu_uuids=self._gpu_uuids),
+            engine=introduce(
+                self._settings, url=self._url, gpu_uuids=self._gpu_uuids, nccl_version=self._nccl_version
+            ),
             admin_api_key=self._settings.admin_api_key,
             drain_s=self._settings.shutdown_timeout_s / 2,
         )
         registrar.start()
         return registrar
 
-    async def _watch(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
-        """Returns when it is to stop, has died, or has not answered for too long."""
+    async def _watch(
+        self, process: asyncio.subprocess.Process, stop: asyncio.Event, restart: asyncio.Event
+    ) -> None:
+        """Returns when it is to stop or to be started again, has died, or has not answered for too long."""
         answered = _now()
-        while not stop.is_set() and process.returncode is None:
-            if await self._answers("/server_info"):
-                answered = _now()
-            elif process.returncode is None and _now() - answered > self._settings.hang_timeout_s:
-                log.error("its scheduler has not answered for %.0f s: killing it", _now() - answered)
-                return
-            await _pause(stop, LOOK_EVERY_S)
+        ordered = asyncio.create_task(restart.wait())
+        try:
+            while not stop.is_set() and process.returncode is None:
+                looking = asyncio.create_task(self._answers("/server_info"))
+                await asyncio.wait({looking, ordered}, return_when=asyncio.FIRST_COMPLETED)
+                if ordered.done():
+                    log.error("the router says that it hangs in a process group: killing it")
+                    return
+                if looking.result():
+                    answered = _now()
+                elif process.returncode is None and _now() - answered > self._settings.hang_timeout_s:
+                    log.error("its scheduler has not answered for %.0f s: killing it", _now() - answered)
+                    return
+                await _pause(stop, LOOK_EVERY_S)
+        finally:
+            ordered.cancel()
         if process.returncode is not None:
             log.error("the server died with status %d", process.returncode)
 
@@ -236,7 +254,13 @@ async def serve(settings: EngineSettings, stop: asyncio.Event) -> int:
         return 2
     uuids = await gpus.uuids(sglang_options.gpu_indices(settings))
     launcher = Launcher(
-        settings, module=MODULE, arguments=arguments, port=port, release=release, gpu_uuids=uuids
+        settings,
+        module=MODULE,
+        arguments=arguments,
+        port=port,
+        release=release,
+        gpu_uuids=uuids,
+        nccl_version=gpus.nccl_version(),
     )
     return await launcher.run(stop)
 

@@ -2,7 +2,7 @@
 
     engine process, or its launcher     router
       register(engine, instance) ------>  JOINING ... STALE | SERVING(v)
-      heartbeat every interval   ------>  alive
+      heartbeat every interval   ------>  alive; or: start it again, it hangs (to launchers alone)
       (NOT_FOUND: register again)
       drain, remove              ------>  no new requests; forgotten
 
@@ -50,7 +50,7 @@ def describe(settings: EngineSettings, *, url: str, context_length: int) -> Engi
     )
 
 
-def introduce(settings: EngineSettings, *, url: str, gpu_uuids: tuple[str, ...]) -> Engine:
+def introduce(settings: EngineSettings, *, url: str, gpu_uuids: tuple[str, ...], nccl_version: str) -> Engine:
     """An engine that we launched: all else that it can do, the router asks it itself."""
     reached_at = settings.advertise or url
     return Engine(
@@ -58,7 +58,7 @@ def introduce(settings: EngineSettings, *, url: str, gpu_uuids: tuple[str, ...])
         url=reached_at,
         run_id=settings.run_id,
         instance_id=uuid.uuid4().hex,
-        capabilities=EngineCapabilities(gpu_uuids=gpu_uuids),
+        capabilities=EngineCapabilities(gpu_uuids=gpu_uuids, restartable=True, nccl_version=nccl_version),
     )
 
 
@@ -70,6 +70,9 @@ class Registrar:
       engine: what to register; `instance_id` must be new at each start of the process.
       admin_api_key: key of the engine's admin routes, which the router needs.
       drain_s: how long the engine's requests may take to end when it leaves.
+
+    Attributes:
+      restart: set when the router orders that the engine be started again.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Registrar:
         self._client = RouterClient(router, retry=NO_RETRY, timeout_s=5.0)
         self._engine = engine
         self._key, self._drain_s = admin_api_key, drain_s
+        self.restart = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._registered = False
 
@@ -126,4 +130,6 @@ class Registrar:
         log.info("registered with router %s as %s", self._client.address, self._engine.engine_id)
         while True:
             await asyncio.sleep(registration.heartbeat_interval_s)
-            await self._client.heartbeat(self._engine.engine_id, instance_id=self._engine.instance_id)
+            heard = await self._client.heartbeat(self._engine.engine_id, instance_id=self._engine.instance_id)
+            if heard.restart:
+                self.restart.set()

@@ -19,6 +19,8 @@ Invariants:
 - `suspect` takes an engine out of routing without a change of state, from the moment a connection to it
   broke until a probe has looked: a process that came up again on the same port holds other weights.
 - `fleet_epoch` grows with each join, leave, death and return; `revision` with all a watcher may want to see.
+- `restart` keeps an engine out of routing and of transactions until another process answers in its place:
+  nothing else ends a collective that hangs. Its launcher is told by the answer to a heartbeat.
 - `generation` of an engine grows with every change of what is known about its weights: what a probe read
   under an older generation says nothing any more.
 
@@ -128,7 +130,7 @@ class Fleet:
         """It may become a member of a weight transaction."""
         if record.state not in _ALIVE or record.transaction or record.suspect or record.leaving:
             return False
-        if record.cleaning:
+        if record.cleaning or record.restart:
             return False
         return record.state is not S.QUARANTINED or (record.healed and now >= record.eligible_at)
 
@@ -182,9 +184,15 @@ class Fleet:
 
     def _introduce(self, record: EngineRecord, engine: t.Engine, now: float, key: str) -> None:
         record.instance_id, record.last_seen = engine.instance_id, now
+        self._begin_life(record)
         record.admin_api_key = key or record.admin_api_key
         record.capabilities = engine.capabilities or record.capabilities
         self.fleet_epoch += 1
+
+    @staticmethod
+    def _begin_life(record: EngineRecord) -> None:
+        record.restart = False
+        record.lives += 1
 
     def remove(self, engine_id: str) -> bool:
         """Forgets an engine; False when it was not known."""
@@ -210,8 +218,8 @@ class Fleet:
 
     # ------------------------------------------------------------------------------------ signs of life
 
-    def heartbeat(self, engine_id: str, instance_id: str, *, now: float) -> EngineState:
-        """An engine says that it lives.
+    def heartbeat(self, engine_id: str, instance_id: str, *, now: float) -> t.Heard:
+        """An engine says that it lives; returns its state, and whether it must be started again.
 
         Raises:
           NotFound: it is not known, or by another instance: it has to register.
@@ -222,7 +230,7 @@ class Fleet:
                 f"engine_id = {engine_id!r} with instance_id = {instance_id!r} is not known; register again"
             )
         record.last_seen = now
-        return record.state
+        return t.Heard(state=record.state, restart=record.restart)
 
     def probe_ok(self, record: EngineRecord, text: str, *, generation: int, now: float) -> None:
         """It answered a probe and carries the version string `text`, read under `generation`."""
@@ -235,6 +243,8 @@ class Fleet:
         if record.state is S.QUARANTINED and text.startswith(version_string.UPDATING):
             restarted = False  # our own mark, written before it failed
         record.version_string = text
+        if restarted or record.state is S.DEAD:
+            self._begin_life(record)
         if record.state in (S.JOINING, S.DEAD):
             self.fleet_epoch += record.state is S.DEAD
             self._move(record, S.STALE, _why_stale(text))
@@ -373,8 +383,14 @@ class Fleet:
         record.version_string = text
         self._settle(record, S.STALE, why)
 
-    def quarantine(self, record: EngineRecord, why: str, *, now: float) -> None:
-        """It failed: out of routing, and out of transactions for a while that grows with each failure."""
+    def quarantine(self, record: EngineRecord, why: str, *, now: float, restart: bool = False) -> None:
+        """It failed: out of routing, and out of transactions for a while that grows with each failure.
+
+        With `restart` until it has been started again.
+        """
+        record.restart = record.restart or restart
+        if restart and record.state is S.UPDATING:
+            record.version_string = version_string.updating(record.transaction)
         record.transaction, record.healed, record.suspect = "", False, False
         self._resumed(record, now)
         wait_s = min(self._limits.quarantine_s * 2**record.strikes, self._limits.quarantine_max_s)

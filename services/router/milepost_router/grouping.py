@@ -8,7 +8,8 @@ A collective breaks for all of its members at once, and none can say whose fault
 router reaches and the trainer does not looks like its innocent fellows. So a group that broke without a
 culprit is made smaller until one engine breaks a group that it has for itself. That one is a *loner*: it
 keeps what it has, and is tried alone, after the others and with pauses that double, until a commit clears it.
-A new instance is no loner; and where all engines are, the fault is the trainer's, and nobody is.
+A new instance is no loner, unless it was started because it broke a group; and where all engines are, the
+fault is the trainer's, and nobody is.
 
 Pure: no tasks, no clock. Owned by `Transactions`, its only caller.
 """
@@ -91,4 +92,4 @@ class Grouping:
 
 
 def _key(engine: EngineRecord) -> _Key:
-    return engine.engine_id, engine.instance_id
+    return engine.engine_id, "" if engine.capabilities.restartable else engine.instance_id

@@ -4,6 +4,10 @@
        │                          │                             │
        └ release                  └ restore: as it was before   └ break_off: STALE, its requests end
 
+From the moment that it is told to enter a collective until it has proven that it came out of it, a member may
+hang there, and no call gets SGLang out of it again. Where the transaction fails meanwhile, it is `stuck`:
+QUARANTINED until it has been started again, which its launcher does by the router's order.
+
 A call that fails raises EngineFault; the transaction decides what that means for the others. Only `finish`,
 `put_back` and `fail` change the fleet, and each of them settles the engine.
 """
@@ -15,16 +19,25 @@ import contextlib
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, cast
 
 import orjson
 
 from milepost.errors import InvalidArgument
-from milepost.types import BucketHeader, EngineState, PauseMode, TensorSpec, Transport, WeightMember
+from milepost.types import (
+    BucketHeader,
+    EngineState,
+    HandlesOfEngine,
+    PauseMode,
+    TensorSpec,
+    Transport,
+    WeightMember,
+)
 from milepost_router import version_string
-from milepost_router.engine_api import EngineApi, EngineFault, EngineRefused
+from milepost_router.engine_api import EngineApi, EngineBroken, EngineFault, EngineRefused
 from milepost_router.fleet import Fleet
+from milepost_router.groups import COLLECTIVE
 from milepost_router.record import EngineRecord
 from milepost_router.version_string import LoadedVersion
 
@@ -48,6 +61,8 @@ class Member:
       api: its client.
       transaction_id: the transaction.
       group_name: the process group it joins; empty: none.
+      leaves: a process group that it is to leave before; empty: none.
+      in_group: it is in its group already.
       rank_offset: its first rank in that group.
       call_timeout_s: deadline of a call that moves no weights.
 
@@ -67,14 +82,18 @@ class Member:
         group_name: str,
         rank_offset: int,
         call_timeout_s: float,
+        leaves: str = "",
+        in_group: bool = False,
     ) -> None:
         self.record, self.rank_offset = record, rank_offset
         self.failed = ""
         self.touched = self.gone = False
         self._fleet, self._api = fleet, api
         self._transaction_id, self._group_name = transaction_id, group_name
+        self._leaves, self._in_group = leaves, in_group
+        self._entangled = False
         self._call_timeout_s = call_timeout_s
-        self._opened = self._session = False
+        self._opened = self._session = self._written = False
         self._text_before = ""
 
     @property
@@ -91,6 +110,12 @@ class Member:
     def _ours(self) -> bool:
         """It is the CPU engine, which checks more than SGLang does."""
         return self.record.capabilities.engine.startswith("milepost")
+
+    @property
+    def stuck(self) -> bool:
+        """It may hang in a collective, and there is no way out for it; our own engine gets out of any."""
+        can_leave = self._ours and not self.record.capabilities.restartable
+        return self._entangled and not can_leave
 
     @property
     def layout(self) -> str:
@@ -113,19 +138,39 @@ class Member:
             rank_offset=self.rank_offset,
             tensor_parallel_size=self.ranks,
             gpu_uuids=self.record.capabilities.gpu_uuids,
+            weight_hook=self.record.capabilities.weight_hook,
+            instance_id=self.record.instance_id,
         )
 
     # ------------------------------------------------------------------------------------ forward
 
     async def join_group(self, group: dict[str, Any], *, timeout_s: float) -> None:
-        """Joins the trainer's process group."""
-        await self._api.join_group(group | {"rank_offset": self.rank_offset}, timeout_s=timeout_s)
+        """Joins the trainer's process group, and leaves the one before."""
+        self._entangled = True
+        if self._leaves:
+            with contextlib.suppress(EngineRefused):
+                await self._api.leave_group(self._leaves)
+        try:
+            await self._api.join_group(group | {"rank_offset": self.rank_offset}, timeout_s=timeout_s)
+        except EngineRefused:
+            self._entangled = False
+            raise
+        self._entangled = False
 
     async def fit(self, manifest: Sequence[TensorSpec]) -> None:
         """Makes sure that the manifest is its model, whole, before its first byte; SGLang cannot be asked."""
         self._require_present()
         if manifest and self._ours:
             await self._api.require_fit(manifest)
+        elif self._in_group:
+            await self._require_same_life()
+
+    async def _require_same_life(self) -> None:
+        """It was not started again unnoticed: SGLang dies of a group that it is not in."""
+        info = await self._api.model_info(timeout_s=self._call_timeout_s)
+        carries, known = info.get("weight_version"), self.record.version_string
+        if carries != known:
+            raise EngineFault(f"{self.engine_id}: it carries {carries!r} instead of {known!r}: it restarted")
 
     async def open(self, mode: PauseMode) -> None:
         """Pauses it, marks its weights as nobody's, opens its session. No new requests from here on."""
@@ -133,8 +178,12 @@ class Member:
         self._text_before = self.record.version_string
         self._opened = True
         self._fleet.begin_update(self.record, now=_now())
-        await self._api.pause(PAUSE_MODES[mode])
-        await self._api.set_version(version_string.updating(self._transaction_id))
+        mark = version_string.updating(self._transaction_id)
+        if self._ours:  # it counts tokens by the string that it has: first the last token, then the mark
+            await self._api.pause(PAUSE_MODES[mode])
+            await self._api.set_version(mark)
+        else:
+            await _both(self._api.pause(PAUSE_MODES[mode]), self._api.set_version(mark))
         if self.record.capabilities.update_session:
             await self._open_session()
 
@@ -154,17 +203,31 @@ class Member:
         """
         self._require_present()
         touched_before, self.touched = self.touched, True
+        self._entangled = transport in COLLECTIVE
         try:
-            if transport is Transport.GLOO:
+            if transport in COLLECTIVE:
                 await self._api.receive_broadcast(header.tensors, self._group_name, timeout_s=timeout_s)
             elif transport is Transport.DISK:
                 await self._api.load_folder(handles_of(header, self)[0], timeout_s=timeout_s)
             else:
-                await self._api.receive_handles(handles_of(header, self), timeout_s=timeout_s)
+                await self._receive(header, timeout_s=timeout_s)
         except EngineRefused:
             if self._ours:
                 self.touched = touched_before  # it checks a bucket whole before it writes any of it
             raise
+
+    async def _receive(self, header: BucketHeader, *, timeout_s: float) -> None:
+        """Gives it the handles of a bucket; our loader in it says itself whether all of it is written."""
+        load_format = _own_or_common(header, self).load_format
+        await self._api.receive_handles(
+            handles_of(header, self), load_format=load_format, timeout_s=timeout_s
+        )
+        if load_format:
+            said = await self._api.hook_report(timeout_s=self._call_timeout_s)
+            if said.get("transaction") != self._transaction_id or not said.get("ok"):
+                why = said.get("message") or f"it speaks of {said.get('transaction')!r}: it restarted"
+                raise EngineBroken(f"{self.engine_id}: its loader of weights failed: {why}")
+            self._written = True
 
     async def verify(self, last_tensor: str, *, with_checksum: bool) -> str:
         """Closes its session, waits until its weights are written, and returns their checksum, if it has one.
@@ -172,37 +235,42 @@ class Member:
         Its mark must still stand: a process that came up again in the meantime has lost it.
         """
         self._require_present()
+        if self._session:
+            await self._api.end_update()
+            self._session = False
+        if self._written and not with_checksum:
+            return ""  # by the process that has the mark: its report named the transaction
         mark = version_string.updating(self._transaction_id)
         carries = (await self._api.model_info(timeout_s=self._call_timeout_s)).get("weight_version")
         if carries != mark:
             raise EngineFault(f"{self.engine_id}: it carries {carries!r} instead of {mark!r}: it restarted")
-        if self._session:
-            await self._api.end_update()
-            self._session = False
+        checksum = ""
         if self.record.capabilities.checksum and (with_checksum or not self._ours):
             checksum = checksum_of(await self._api.checksum())  # SGLang synchronises here for every model
-            return checksum if with_checksum else ""
-        if last_tensor:
+        elif last_tensor:
             await self._api.read_back(last_tensor)
-        return ""
+        self._entangled = False
+        return checksum if with_checksum else ""
 
     async def name(self, loaded: LoadedVersion) -> None:
-        """Gives its complete weights their name."""
+        """Gives its complete weights their name, and forgets prefixes cached under the old ones."""
         self._require_present()
-        await self._api.set_version(str(loaded))
+        await _both(self._api.set_version(str(loaded)), self._forget_prefixes())
         self._fleet.loaded_version(self.record, loaded)
+
+    async def _forget_prefixes(self) -> None:
+        try:
+            await self._api.flush_cache()
+        except EngineRefused as refusal:  # in_place: running requests keep their cache by choice
+            log.debug("%s: cache not flushed: %s", self.engine_id, refusal)
 
     async def unname(self) -> None:
         """Takes the name back: the ledger refused it."""
         await self._api.set_version(version_string.updating(self._transaction_id))
 
     async def finish(self) -> None:
-        """Forgets prefixes cached under the old weights and goes on."""
+        """Goes on."""
         self._require_present()
-        try:
-            await self._api.flush_cache()
-        except EngineRefused as refusal:  # in_place: running requests keep their cache by choice
-            log.debug("%s: cache not flushed: %s", self.engine_id, refusal)
         await self._api.resume()
         self._require_present()
         self._fleet.finish_update(self.record, now=_now())
@@ -215,6 +283,9 @@ class Member:
         Raises:
           EngineFault: it did not follow; it is unsettled.
         """
+        if self.stuck:
+            self.fail(why)
+            return
         if self._group_name:
             with contextlib.suppress(EngineRefused):
                 await self._api.leave_group(self._group_name)
@@ -240,20 +311,25 @@ class Member:
 
     def fail(self, why: str) -> None:
         """It failed: QUARANTINED, and its requests go elsewhere."""
+        if self.stuck:
+            why = f"{self.engine_id} hangs in a broken process group and must be started again: {why}"
         self.failed = self.failed or why
         log.warning("transaction %s: %s", self._transaction_id, why)
         if not self.present:
             return
         if self.record.state in (EngineState.STALE, EngineState.SERVING, EngineState.UPDATING):
-            self._fleet.quarantine(self.record, why, now=_now())
+            self._fleet.quarantine(self.record, why, now=_now(), restart=self.stuck)
         else:
             self._fleet.release(self.record)
 
     async def clean_up(self) -> None:
         """After a failure: frees whoever still waits on it, as far as it answers.
 
-        No transaction has it meanwhile: a `resume` of ours must not end the pause of the next one.
+        No transaction has it meanwhile: a `resume` of ours must not end the pause of the next one. One that
+        is stuck is left alone: it could not end a call.
         """
+        if self.stuck:
+            return
         self._fleet.clean(self.record, by=1)
         try:
             for call in (self._leave_group, self._leave_session, self._api.abort_all, self._api.resume):
@@ -265,7 +341,7 @@ class Member:
             self._fleet.clean(self.record, by=-1)
 
     async def leave_group(self) -> None:
-        """After a commit: the group is over."""
+        """After a commit that not everybody reached: the group is over."""
         with contextlib.suppress(EngineFault):
             await self._leave_group()
 
@@ -286,10 +362,8 @@ def handles_of(header: BucketHeader, member: Member) -> list[str]:
     Raises:
       InvalidArgument: there is none for it, or not one a rank.
     """
-    own = [h for h in header.handles if h.engine_id == member.engine_id]
-    common = [h for h in header.handles if not h.engine_id]
-    chosen = (own or common or [None])[0]
-    if chosen is None or not chosen.handles:
+    chosen = _own_or_common(header, member)
+    if not chosen.handles:
         raise InvalidArgument(
             f"handles of bucket {header.bucket_index}: none for engine {member.engine_id}; send one with its "
             "engine_id, or one without engine_id for every member"
@@ -301,6 +375,20 @@ def handles_of(header: BucketHeader, member: Member) -> list[str]:
         )
     texts = [h.decode() for h in chosen.handles]
     return texts * member.ranks if len(texts) == 1 else texts
+
+
+def _own_or_common(header: BucketHeader, member: Member) -> HandlesOfEngine:
+    """What a header brings for a member; without handles where it brings nothing."""
+    own = [h for h in header.handles if h.engine_id == member.engine_id]
+    common = [h for h in header.handles if not h.engine_id]
+    return (own or common or [HandlesOfEngine()])[0]
+
+
+async def _both(*calls: Awaitable[None]) -> None:
+    """Calls whose order does not matter; waits for all, and raises what the first of them raised."""
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
 
 
 def checksum_of(answer: dict[str, Any]) -> str:

@@ -32,6 +32,8 @@ from milepost_router.upstream import Pool
 
 log = logging.getLogger(__name__)
 
+WEIGHT_HOOK = "milepost_engine.weight_hook.load"
+"""Our loader of weights: an engine has it if its server was told of it."""
 ApiOf = Callable[[EngineRecord], EngineApi]
 
 
@@ -175,7 +177,12 @@ def _version_of(record: EngineRecord, info: dict[str, Any]) -> str:
 async def _capabilities(record: EngineRecord, api: EngineApi) -> t.EngineCapabilities:
     """What an engine can do: what its release says, the routes it has, and what its launcher registered."""
     info = await api.server_info()
-    found = capabilities_of(info, gpu_uuids=record.capabilities.gpu_uuids)
+    registered = record.capabilities
+    found = dataclasses.replace(
+        capabilities_of(info, gpu_uuids=registered.gpu_uuids),
+        restartable=registered.restartable,
+        nccl_version=registered.nccl_version,
+    )
     if found.engine.startswith("milepost"):
         return found
     if _keeps_prefixes(info):
@@ -223,6 +230,7 @@ def capabilities_of(info: dict[str, Any], *, gpu_uuids: tuple[str, ...] = ()) ->
         tensor_parallel_size=ranks,
         gpu_uuids=gpu_uuids,
         context_length=_positive(info.get("context_length"), 0),
+        weight_hook=WEIGHT_HOOK if WEIGHT_HOOK in (info.get("custom_weight_loader") or ()) else "",
     )
 
 

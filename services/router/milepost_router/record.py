@@ -29,6 +29,8 @@ class EngineRecord:
       eligible_at: not a member of a transaction before this time.
       strikes: failures in a row that quarantined it.
       cleaning: transactions that still tell it that they are over: it is nobody's member meanwhile.
+      restart: it hangs in a collective for good: out of everything until it has been started again.
+      lives: how often it was started, as far as we know.
       paused_since: when we paused it; None: it runs.
       paused_total: seconds of ended pauses.
     """
@@ -53,6 +55,8 @@ class EngineRecord:
     eligible_at: float = 0.0
     strikes: int = 0
     cleaning: int = 0
+    restart: bool = False
+    lives: int = 0
     probe_failures: int = 0
     request_failures: int = 0
     in_flight: int = 0

@@ -65,9 +65,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         )
 
     async def Heartbeat(self, request: Any, context: Any) -> Any:
-        """A sign of life."""
-        state = self._fleet.heartbeat(request.engine_id, request.instance_id, now=_now())
-        return pb.HeartbeatResponse(state=pb.EngineState.ValueType(state))
+        """A sign of life; the answer may order a restart."""
+        return to_proto(self._fleet.heartbeat(request.engine_id, request.instance_id, now=_now()))
 
     async def DrainEngine(self, request: Any, context: Any) -> Any:
         """Takes an engine out of routing and waits for its requests."""

@@ -10,8 +10,10 @@ What ends it without a commit: AbortWeights, the trainer's stream breaking, its 
 router's stop. All of them call `abort`, which interrupts a bucket under way and is idempotent, like `commit`.
 
 A member that fails is QUARANTINED alone and the others go on, where each has its own bytes (shm, disk).
-Where a collective carries them (gloo), one failure breaks the group for all: members whose process is gone
-are QUARANTINED, the others leave it, and the trainer begins the next attempt (see `grouping`).
+Where a collective carries them (gloo, nccl), one failure breaks the group for all: members whose process is
+gone are QUARANTINED, the others leave it or are started again (see `member`), and the trainer begins the next
+attempt with those that are left (see `grouping`). A group that gave everybody the weights is kept for the
+next transaction (see `groups`).
 
 Order at the commit: sessions closed, weights read back (a synchronising call), checksums equal between
 engines of one layout, version strings set, version published in the ledger, engines resumed, fleet told.
@@ -34,6 +36,7 @@ from milepost import types as t
 from milepost.errors import DataLoss, FailedPrecondition, InvalidArgument, MilepostError, StaleEpoch
 from milepost.types import Transport
 from milepost_router.engine_api import EngineFault, EngineRefused
+from milepost_router.groups import COLLECTIVE, Group
 from milepost_router.member import Member, handles_of, odd_ones
 from milepost_router.metrics import TransactionClock
 from milepost_router.together import Call, call_all
@@ -42,8 +45,6 @@ from milepost_router.version_string import LoadedVersion
 log = logging.getLogger(__name__)
 
 Publish = Callable[["Transaction", tuple[str, ...]], Awaitable[bool]]
-
-COLLECTIVE = (Transport.GLOO, Transport.NCCL)
 
 
 class Phase(Enum):
@@ -66,7 +67,8 @@ class Plan:
       version: the number.
       loaded: the number with run and label, the string of a complete engine.
       fleet_epoch: of the fleet when its members were fixed.
-      group_name: process group (gloo); empty: none.
+      group: process group (gloo, nccl).
+      group_is_open: its members are in it already.
       expires_at: end of its time on the loop's clock.
       join_timeout_s, bucket_timeout_s: deadlines of joining the process group, and of one bucket.
       straggler_s: how much later than the first member of a collective the others may have a bucket.
@@ -77,7 +79,8 @@ class Plan:
     request: t.PrepareRequest
     version: int
     fleet_epoch: int
-    group_name: str
+    group: Group | None
+    group_is_open: bool
     expires_at: float
     join_timeout_s: float
     bucket_timeout_s: float
@@ -94,6 +97,11 @@ class Plan:
     def collective(self) -> bool:
         """One member's failure is everybody's."""
         return self.request.transport in COLLECTIVE
+
+    @property
+    def group_name(self) -> str:
+        """Its name; empty: none."""
+        return self.group.name if self.group else ""
 
 
 class Transaction:
@@ -151,6 +159,11 @@ class Transaction:
         """It can still be committed."""
         return self.phase in (Phase.PREPARED, Phase.TRANSFERRING, Phase.COMMITTING)
 
+    def is_answer_to(self, request: t.PrepareRequest) -> bool:
+        """It is what the same prepare made before, whose answer was lost."""
+        fresh = self.is_open and self.num_buckets == 0 and not self.why_aborted
+        return fresh and self.plan.request == request
+
     @property
     def is_transferred(self) -> bool:
         """Every tensor of its manifest was taken; a folder without a list of tensors is all of them."""
@@ -167,7 +180,9 @@ class Transaction:
     # ------------------------------------------------------------------------------------ prepare
 
     def open_group(self) -> None:
-        """Lets every member join the trainer's process group, in the background."""
+        """Lets every member join the trainer's process group, in the background, unless it is there."""
+        if self.plan.group_is_open:
+            return
         self._joining = asyncio.create_task(self._join(), name=f"join {self.plan.group_name}")
 
     async def _join(self) -> None:
@@ -208,7 +223,7 @@ class Transaction:
                 raise self._over()
             broken = work.result()
             self.num_buckets += 1
-            self._sent.update(spec.name for spec in header.tensors)
+            self._sent.update(self.plan.manifest if header.whole else [spec.name for spec in header.tensors])
             self._clock.took(header.size_bytes)
             ack = self._acknowledge(header.bucket_index, broken)
             if broken:
@@ -302,7 +317,11 @@ class Transaction:
                 )
             if spec.name in self._sent:
                 raise InvalidArgument(f"{where}: tensor {spec.name!r} was sent already; send each once")
-        if self.plan.request.transport is not Transport.GLOO:
+        if header.whole and (self.num_buckets or header.tensors or self.plan.collective):
+            raise InvalidArgument(
+                f"{where}: whole = true: one bucket, without tensors, and not by {self.plan.request.transport.name}"
+            )
+        if not self.plan.collective:
             for member in self._live:
                 handles_of(header, member)
         elif not header.tensors:
@@ -354,7 +373,7 @@ class Transaction:
             published=published,
         )
         self.ended.set()
-        if self.plan.collective:
+        if self.plan.collective and len(self._live) < len(self.members):
             for member in self._live:
                 self._in_background(member.leave_group(), f"leave group {member.engine_id}")
         return self._outcome

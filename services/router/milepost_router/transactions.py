@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Awaitable
 from contextlib import AbstractContextManager
@@ -27,28 +26,29 @@ from milepost import types as t
 from milepost.errors import (
     DeadlineExceeded,
     FailedPrecondition,
-    InvalidArgument,
     MilepostError,
     NotFound,
     StaleTerm,
     Unavailable,
 )
-from milepost.types import EngineState, Transport
+from milepost.types import EngineState
 from milepost_common.telemetry import logs, tracing
+from milepost_router import preparing
+from milepost_router.engine_api import EngineFault
 from milepost_router.fleet import Fleet
 from milepost_router.grouping import Grouping
+from milepost_router.groups import COLLECTIVE, Group, Groups
 from milepost_router.ledger import LEASE_TTL_S, Ledger, Publication, RouterHeld
 from milepost_router.member import Member
 from milepost_router.metrics import TransactionMeter
 from milepost_router.probe import ApiOf
 from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
-from milepost_router.transaction import COLLECTIVE, Plan, Transaction
+from milepost_router.transaction import Plan, Transaction
 
 T = TypeVar("T")
 
 REMEMBERED = 64
-_RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _MAX_TIMEOUT_S = 3600.0
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class Transactions:
         self._open: dict[str, Transaction] = {}
         self._all: OrderedDict[str, Transaction] = OrderedDict()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._groups = Groups()
         self._grouping = Grouping(pause_s=settings.quarantine_s, pause_max_s=settings.quarantine_max_s)
 
     async def close(self) -> None:
@@ -98,7 +99,7 @@ class Transactions:
           NotFound: a named engine is not known.
           Unavailable: the ledger is away, or another router runs this run's transactions.
         """
-        _validate(request)
+        preparing.validate(request)
         if self._ledger is None:
             raise FailedPrecondition(
                 "this router has no buffer, so there are no weight versions; set [router] buffer",
@@ -112,7 +113,7 @@ class Transactions:
         async with self._locks.setdefault(request.run_id, asyncio.Lock()):
             self._fence(request.run_id, request.term)
             current = self._open.get(request.run_id)
-            if current is not None and _is_same(current, request):
+            if current is not None and current.is_answer_to(request):
                 return current.prepared
             if current is not None:
                 await current.abort(f"term {request.term} prepared attempt {request.attempt}")
@@ -139,7 +140,7 @@ class Transactions:
             return t.Prepared(version=request.version, fleet_epoch=self._fleet.fleet_epoch)
         await ledger.lease(request.run_id)
         version = await self._number(request, ledger)
-        records = self._members(request)  # the fleet may have changed meanwhile
+        records = self._of_one_nccl(request, self._members(request))  # the fleet may have changed meanwhile
         if not records:
             return t.Prepared(version=version, fleet_epoch=self._fleet.fleet_epoch)
         transaction = self._make(request, version, records)
@@ -198,27 +199,45 @@ class Transactions:
         if request.engine_ids:
             named = [self._fleet.known(engine_id) for engine_id in request.engine_ids]
             for record in named:
-                _require_takes(record, request)
+                preparing.require_takes(record, request)
             return [e for e in named if self._fleet.eligible(e, now)]
         needy = [
             e
             for e in self._fleet.of_run(request.run_id)
-            if self._fleet.eligible(e, now) and _takes(e, request.transport) and not _serves(e, request)
+            if self._fleet.eligible(e, now)
+            and preparing.takes(e, request.transport)
+            and not preparing.serves(e, request)
         ]
         if request.transport not in COLLECTIVE:
             return needy
         return self._grouping.choose(request.run_id, needy, now=now)
 
+    def _of_one_nccl(self, request: t.PrepareRequest, records: list[EngineRecord]) -> list[EngineRecord]:
+        """Those that can share a communicator with rank 0; the others are told why not.
+
+        Raises:
+          FailedPrecondition: none can.
+        """
+        reasons = {e: why for e in records if (why := preparing.other_nccl(e, request))}
+        for record, why in reasons.items():
+            if record.detail != why:
+                log.warning("run %s: %s", request.run_id, why)
+                self._fleet.explain(record, why)
+        if reasons and len(reasons) == len(records):
+            raise FailedPrecondition("; ".join(reasons.values()), reason="NCCL_MISMATCH")
+        return [e for e in records if e not in reasons]
+
     def _make(self, request: t.PrepareRequest, version: int, records: list[EngineRecord]) -> Transaction:
         name = f"{request.run_id}/{request.term}/{version}/{request.attempt}"
-        group = (request.group_name or name) if request.transport is Transport.GLOO else ""
+        group, replaced = self._group(request, records, name=name)
         timeout_s = min(request.timeout_s or self._settings.transaction_timeout_s, _MAX_TIMEOUT_S)
         plan = Plan(
             transaction_id=name if name not in self._all else f"{name}/{len(self._all)}",
             request=request,
             version=version,
             fleet_epoch=self._fleet.fleet_epoch,
-            group_name=group,
+            group=group,
+            group_is_open=group is not None and group.name != name,
             expires_at=asyncio.get_running_loop().time() + timeout_s,
             join_timeout_s=self._join_timeout_s(records),
             bucket_timeout_s=self._settings.bucket_timeout_s,
@@ -234,9 +253,11 @@ class Transactions:
                 record,
                 self._api(record),
                 transaction_id=plan.transaction_id,
-                group_name=group,
+                group_name=plan.group_name,
                 rank_offset=rank,
                 call_timeout_s=self._settings.engine_call_timeout_s,
+                leaves=_left_before(request, replaced, record),
+                in_group=plan.group_is_open,
             )
             members.append(member)
             rank += member.ranks
@@ -248,6 +269,28 @@ class Transactions:
             broken=self._broken,
             clock=self.meter.begin(),
         )
+
+    def _group(
+        self, request: t.PrepareRequest, records: list[EngineRecord], *, name: str
+    ) -> tuple[Group | None, Group | None]:
+        """The process group of a transaction, and the one that it puts an end to."""
+        if request.transport not in COLLECTIVE:
+            return None, None
+        group, replaced = self._groups.take(request, records, name=name)
+        if group.name != name:
+            return group, None
+        if unknown := preparing.unknown_nccl(records, request):
+            log.warning("the NCCL of %s is not known and taken for the trainer's", ", ".join(unknown))
+        for record in self._fleet.of_run(request.run_id):
+            if replaced and replaced.has(record) and not group.has(record):
+                self._spawn(self._leave(record, replaced.name))
+        return group, replaced
+
+    async def _leave(self, record: EngineRecord, group_name: str) -> None:
+        try:
+            await self._api(record).leave_group(group_name)
+        except EngineFault as fault:
+            log.info("%s: did not leave a process group that is over: %s", record.engine_id, fault)
 
     # ------------------------------------------------------------------------------------ buckets and the end
 
@@ -358,14 +401,17 @@ class Transactions:
         plan, run_id = transaction.plan, transaction.plan.request.run_id
         log.info("run %s: version %d, label %d, is served", run_id, plan.version, plan.request.label)
         self._fleet.outdate(run_id, plan.version)
-        if plan.collective:
+        if plan.group is not None:
             records = [m.record for m in transaction.members if not m.failed]
+            if len(records) == len(transaction.members):
+                self._groups.keep(run_id, plan.group)
             self._grouping.committed(run_id, records, fleet=self._fleet.of_run(run_id))
 
     def _broken(self, transaction: Transaction) -> None:
         """A group broke: unless a member is known to have failed, the next ones are to find out who did."""
         records = [m.record for m in transaction.members]
-        if all(e.state in (EngineState.SERVING, EngineState.STALE) for e in records):
+        innocent = (EngineState.SERVING, EngineState.STALE)
+        if all(m.record.state in innocent or (m.stuck and not m.gone) for m in transaction.members):
             run_id, now = transaction.plan.request.run_id, asyncio.get_running_loop().time()
             self._grouping.broke(run_id, records, fleet=self._fleet.of_run(run_id), now=now)
 
@@ -403,65 +449,16 @@ class Transactions:
                 log.error("a weight transaction failed", exc_info=error)
 
 
+def _left_before(request: t.PrepareRequest, replaced: Group | None, record: EngineRecord) -> str:
+    """The group that a member leaves before it joins another: also that of a router that is gone."""
+    if request.transport not in COLLECTIVE:
+        return ""
+    if replaced is None:
+        return request.group_name
+    return replaced.name if replaced.has(record) else ""
+
+
 def about(transaction: Transaction) -> AbstractContextManager[None]:
     """Binds what log lines of a block are about."""
     plan = transaction.plan
     return logs.about(run=plan.request.run_id, version=plan.version, step=plan.request.label)
-
-
-def _validate(request: t.PrepareRequest) -> None:
-    """Refuses a request that makes no sense.
-
-    Raises:
-      InvalidArgument: names the field, its value and the remedy.
-    """
-    if not _RUN_ID.fullmatch(request.run_id) or request.run_id == "updating":
-        raise InvalidArgument(f"run_id = {request.run_id!r}: give 1 to 128 characters of [A-Za-z0-9._-]")
-    if request.term < 1 or request.attempt < 1:
-        raise InvalidArgument(
-            f"term = {request.term}, attempt = {request.attempt}: both count from 1; take the term that "
-            "ResumeConsumer gave"
-        )
-    if request.transport not in (Transport.GLOO, Transport.SHM, Transport.CUDA_IPC, Transport.DISK):
-        raise InvalidArgument(f"transport = {request.transport.name}: give GLOO, SHM, CUDA_IPC or DISK")
-    if request.transport is Transport.GLOO and not (request.master_address and request.master_port):
-        raise InvalidArgument(
-            f"master_address = {request.master_address!r}, master_port = {request.master_port}: gloo needs "
-            "the address at which rank 0 listens"
-        )
-    if not request.manifest and request.transport is not Transport.DISK:
-        raise InvalidArgument("manifest is empty; name every tensor that will be sent")
-    if len({spec.name for spec in request.manifest}) != len(request.manifest):
-        raise InvalidArgument("manifest names a tensor twice; name each once")
-
-
-def _is_same(transaction: Transaction, request: t.PrepareRequest) -> bool:
-    """It is the same prepare again, because its answer was lost."""
-    fresh = transaction.is_open and transaction.num_buckets == 0 and not transaction.why_aborted
-    return fresh and transaction.plan.request == request
-
-
-def _serves(record: EngineRecord, request: t.PrepareRequest) -> bool:
-    """It serves what is being published."""
-    if record.state is not EngineState.SERVING or record.version == 0:
-        return False
-    if request.version:
-        return record.version == request.version
-    return record.label == request.label
-
-
-def _takes(record: EngineRecord, transport: Transport) -> bool:
-    return not record.capabilities.transports or transport in record.capabilities.transports
-
-
-def _require_takes(record: EngineRecord, request: t.PrepareRequest) -> None:
-    if not _takes(record, request.transport):
-        able = ", ".join(x.name for x in record.capabilities.transports)
-        raise InvalidArgument(
-            f"transport = {request.transport.name}: engine {record.engine_id} takes {able}; choose of these"
-        )
-    if record.home_run not in ("", request.run_id):
-        raise FailedPrecondition(
-            f"engine_ids: {record.engine_id} is configured for run {record.home_run!r}, not for "
-            f"{request.run_id!r}; change its run_id, or leave that empty so that any run may claim it"
-        )

@@ -19,6 +19,7 @@ from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
 from milepost_router.transactions import Transactions
 from milepost_router.upstream import Pool
+from raw_engine import RawEngine
 
 DEADLINE_S = 10.0
 Reaction = Callable[[web.Request, Any], Awaitable[web.StreamResponse | None]]
@@ -265,7 +266,7 @@ def bucket(prepared: t.Prepared, index: int, *, transport: t.Transport = t.Trans
         fleet_epoch=prepared.fleet_epoch,
         bucket_index=index,
         tensors=(TENSORS[index],),
-        handles=() if transport is t.Transport.GLOO else handles,
+        handles=() if transport in (t.Transport.GLOO, t.Transport.NCCL) else handles,
         size_bytes=8,
     )
 
@@ -340,3 +341,14 @@ async def bench(fake_engine: Any) -> AsyncIterator[Bench]:
     yield made
     await made.transactions.close()
     made.pool.close()
+
+
+@pytest.fixture
+async def raw_engines() -> AsyncIterator[list[RawEngine]]:
+    """Two engines, "a" and "b"."""
+    engines = [RawEngine("a"), RawEngine("b")]
+    for engine in engines:
+        await engine.start()
+    yield engines
+    for engine in engines:
+        await engine.stop()

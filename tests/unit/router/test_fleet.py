@@ -259,7 +259,7 @@ def test_a_new_instance_starts_afresh_and_the_old_one_must_register(fleet):
     assert (record.state, record.transaction, record.version) == (S.JOINING, "", 0)
     with pytest.raises(errors.NotFound, match="register again"):
         fleet.heartbeat("a", "i1", now=1.0)
-    assert fleet.heartbeat("a", "i2", now=1.0) is S.JOINING
+    assert fleet.heartbeat("a", "i2", now=1.0).state is S.JOINING
 
 
 def test_the_same_instance_registers_twice_and_nothing_changes(fleet):

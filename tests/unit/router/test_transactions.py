@@ -411,7 +411,7 @@ def gloo(tools, **changes):
     return tools.request(transport=Transport.GLOO, master_address="127.0.0.1", master_port=1234, **changes)
 
 
-async def test_members_of_a_collective_join_its_group_by_rank_and_leave_it(bench, tools):
+async def test_members_of_a_collective_join_its_group_by_rank(bench, tools):
     prepared = await bench.transactions.prepare(gloo(tools))
     assert [m.rank_offset for m in prepared.members] == [1, 2]
     assert (prepared.world_size, prepared.group_name) == (3, "run/1/1/1")
@@ -428,7 +428,6 @@ async def test_members_of_a_collective_join_its_group_by_rank_and_leave_it(bench
             "group_name": "run/1/1/1",
             "backend": "gloo",
         }
-        await fake.called("destroy_weights_update_group")
 
 
 @pytest.mark.parametrize("step", ["init_weights_update_group", *OPENING])
