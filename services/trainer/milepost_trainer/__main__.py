@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from milepost_common.process import run
 from milepost_common.settings import load_or_exit
-from milepost_trainer.launch import exit_at_once, is_rank, launch, leave_status
+from milepost_trainer.launch import exit_at_once, is_rank, launch, leave_status, speak_nccl_as_engines_do
 from milepost_trainer.settings import TrainerSettings
 
 USAGE = "usage: python -m milepost_trainer serve|sft [--config FILE] [--key value ...]"
@@ -27,6 +27,8 @@ def main(argv: Sequence[str]) -> int:
     if settings.nproc > 1 and not is_rank():
         return launch(argv, nproc=settings.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+    if settings.publish.transport == "nccl":
+        speak_nccl_as_engines_do()
     try:
         code = _serve(settings) if argv[0] == "serve" else _sft(settings)
     except Exception:

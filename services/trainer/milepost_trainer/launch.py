@@ -37,6 +37,15 @@ def exit_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
+def speak_nccl_as_engines_do() -> None:
+    """Set what SGLang sets for itself, unless it is set: ranks that differ in it form no communicator.
+
+    NCCL reads its environment once, when it forms the first one.
+    """
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+
+
 def leave_status(code: int) -> None:
     """Rank 0 notes its exit status for the launcher."""
     path = os.environ.get(STATUS_FILE, "")

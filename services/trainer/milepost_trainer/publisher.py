@@ -306,6 +306,8 @@ class Publisher:
                 pause_mode=_PAUSE[self._settings.pause_mode],
                 master_address=self._transport.master_address,
                 master_port=self._transport.master_port,
+                group_name=self._transport.group_name,
+                nccl_version=self._transport.nccl_version,
                 timeout_s=self._settings.timeout_s,
             )
         )
@@ -355,6 +357,7 @@ class Publisher:
                 headers.put_nowait(_header(prepared, bucket, handles))
                 await self._exchange(bucket, flat, acks)
                 await self._transport.unstage(bucket)
+            await self._transport.flush(timeout_s=self._settings.timeout_s)
         finally:
             headers.put_nowait(None)  # also where it failed: the call's own task waits for the next header
             gathering.cancel()

@@ -1,7 +1,7 @@
 """How the bytes of a bucket get from rank 0 to the engines.
 
     open(prepared) -> for each bucket: stage -> (header goes out) -> send -> (acks come in) -> unstage ->
-    close
+    flush -> close
 
 One transport serves many transactions, one at a time. Nothing in it waits without a deadline.
 """
@@ -9,10 +9,11 @@ One transport serves many transactions, one at a time. Nothing in it waits witho
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from milepost.types import HandlesOfEngine, Prepared, Transport
+from milepost.types import HandlesOfEngine, Prepared, TensorSpec, Transport
 from milepost_trainer.buckets import Bucket
 
 
@@ -31,6 +32,12 @@ class WeightTransport(ABC):
     master_port: int = 0
     """Its port."""
 
+    group_name: str = ""
+    """The process group that rank 0 is in already; empty: none."""
+
+    nccl_version: str = ""
+    """Of the NCCL that engines must have too; empty: any."""
+
     @abstractmethod
     async def open(self, prepared: Prepared, *, timeout_s: float) -> None:
         """Get ready for one transaction, without waiting for its members: `send` does that."""
@@ -46,6 +53,31 @@ class WeightTransport(ABC):
     async def unstage(self, bucket: Bucket) -> None:
         """All members have answered for a bucket."""
         del bucket
+
+    async def flush(self, *, timeout_s: float) -> None:
+        """All buckets are sent and answered for: wait until their bytes have left."""
+        del timeout_s
+
+    def shares(self, prepared: Prepared) -> bool:
+        """Every member can copy the weights from where they lie, so that no buckets are made of them."""
+        del prepared
+        return False
+
+    async def share(
+        self, prepared: Prepared, manifest: Sequence[TensorSpec], weights: Mapping[str, torch.Tensor]
+    ) -> tuple[HandlesOfEngine, ...]:
+        """Lets members reach all weights where they lie; returns what the one header shall carry.
+
+        Args:
+            prepared: the transaction; `shares` said yes to it.
+            manifest: what engines shall see, in order.
+            weights: by name, whole; they stay as they are until `close`.
+        """
+        raise NotImplementedError
+
+    def taken(self, engine_ids: Collection[str]) -> None:
+        """These members have copied what was shared last; the others have failed."""
+        del engine_ids
 
     @abstractmethod
     async def close(self, *, broken: bool) -> None:

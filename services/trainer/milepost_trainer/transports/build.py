@@ -15,6 +15,10 @@ def build_transport(settings: PublishSettings, *, run_id: str) -> WeightTranspor
             from milepost_trainer.transports.gloo import GlooTransport
 
             return GlooTransport(master_address=settings.master_address)
+        case "nccl":
+            from milepost_trainer.transports.nccl import NcclTransport
+
+            return NcclTransport(master_address=settings.master_address)
         case "shm":
             from milepost_trainer.transports.shm import ShmTransport
 
