@@ -108,8 +108,9 @@ class CheckpointSettings(Table):
 class PublishSettings(Table):
     """Publication of weights: `[trainer.publish]`."""
 
-    transport: Literal["gloo", "shm", "cuda_ipc", "disk"] = "gloo"
-    """How the bytes travel: gloo over the network, shm on one host, cuda_ipc on one GPU, disk by a folder."""
+    transport: Literal["gloo", "nccl", "shm", "cuda_ipc", "disk"] = "gloo"
+    """How the bytes travel: gloo between CPUs, nccl between GPUs, shm on one host, cuda_ipc on one GPU, disk
+    by a folder."""
     bucket_bytes: int = Field(default=256 * 1024 * 1024, gt=0)
     """Most bytes of one bucket; a larger tensor travels alone."""
     wire_dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -121,7 +122,7 @@ class PublishSettings(Table):
     max_retry_delay_s: float = Field(default=10.0, gt=0)
     """Where that doubling ends."""
     master_address: str = "127.0.0.1"
-    """Address under which engines reach rank 0 (gloo); its port is chosen by the system."""
+    """Address under which engines reach rank 0 (gloo, nccl); its port is chosen by the system."""
     disk_dir: str = "weights"
     """Folder that engines see too (disk)."""
     mirrors: tuple[str, ...] = ()
