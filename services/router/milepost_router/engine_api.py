@@ -9,6 +9,7 @@ An engine's answer is one of three:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -19,6 +20,8 @@ from milepost.types import TensorSpec
 from milepost_router.record import EngineRecord
 from milepost_router.upstream import Died, GaveUp, Pool, Refused, UpstreamError
 
+HOOK_REPORT = "milepost.report"
+"""What our loader in an engine answers to, as `milepost_engine.weight_hook` has it."""
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 
 
@@ -157,15 +160,32 @@ class EngineApi:
         }
         await self._call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
 
-    async def receive_handles(self, handles: Sequence[str], *, timeout_s: float) -> None:
-        """Takes one flattened bucket by handles, one a tensor-parallel rank."""
+    async def receive_handles(
+        self, handles: Sequence[str], *, load_format: str = "", timeout_s: float
+    ) -> None:
+        """Takes one bucket by handles, one a tensor-parallel rank; `load_format` names our loader in it."""
         body = {
             "serialized_named_tensors": list(handles),
-            "load_format": "flattened_bucket",
+            "load_format": load_format or "flattened_bucket",
             "flush_cache": False,
             "abort_all_requests": False,
         }
         await self._call("POST", "/update_weights_from_tensor", body, timeout_s=timeout_s)
+
+    async def hook_report(self, *, timeout_s: float) -> dict[str, Any]:
+        """What our loader in it says of its last order: JSON, as a list of numbers.
+
+        Raises:
+          EngineRefused: it has none to give.
+        """
+        path, body = "/get_weights_by_name", {"name": HOOK_REPORT, "truncate_size": 1}
+        where, status, raw = await self._ask("POST", path, body, timeout_s=timeout_s)
+        if status == 200:
+            with contextlib.suppress(ValueError, TypeError):
+                said: object = orjson.loads(bytes(int(number) for number in orjson.loads(raw)))
+                if isinstance(said, dict):
+                    return cast(dict[str, Any], said)
+        raise EngineRefused(f"{where}: HTTP {status}: no report: {raw[:80]!r}", status)
 
     async def load_folder(self, folder: str, *, timeout_s: float) -> None:
         """Loads safetensors from a folder."""
@@ -188,6 +208,12 @@ class EngineApi:
         timeout_s: float | None = None,
         json_reply: bool = True,
     ) -> dict[str, Any]:
+        where, status, raw = await self._ask(method, path, body, timeout_s=timeout_s)
+        return _judge(where, status, raw, json_reply=json_reply)
+
+    async def _ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout_s: float | None
+    ) -> tuple[str, int, bytes]:
         where = f"{self._record.engine_id}: {method} {path}"
         deadline_s = timeout_s or self._timeout_s
         try:
@@ -198,7 +224,7 @@ class EngineApi:
             raise EngineBroken(f"{where}: no answer within {deadline_s:g} s", gone=not timeout_s) from None
         except UpstreamError as error:
             raise EngineBroken(f"{where}: {error}", gone=isinstance(error, Refused | Died)) from error
-        return _judge(where, status, raw, json_reply=json_reply)
+        return where, status, raw
 
     async def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
         """One request; asked again once where a kept connection turned out to be closed."""

@@ -319,7 +319,8 @@ class Transaction:
                 raise InvalidArgument(f"{where}: tensor {spec.name!r} was sent already; send each once")
         if header.whole and (self.num_buckets or header.tensors or self.plan.collective):
             raise InvalidArgument(
-                f"{where}: whole = true: one bucket, without tensors, and not by {self.plan.request.transport.name}"
+                f"{where}: whole = true: send one bucket alone, name no tensors in it, and choose a "
+                "transport that is no broadcast"
             )
         if not self.plan.collective:
             for member in self._live:

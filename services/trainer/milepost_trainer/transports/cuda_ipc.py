@@ -1,13 +1,14 @@
-"""Weights between processes that share a GPU: engines open the bucket's memory by a CUDA IPC handle.
+"""Weights between processes that share a GPU: engines open the trainer's memory by CUDA IPC handles.
 
-    base64(pickle({"flattened_tensor": <handle>, "metadata": [one a tensor: name, dtype, shape, start, end]}))
+    members with our hook    share: one order for all weights, where they lie; nothing is gathered, and from
+                             the second time on nothing but a signal travels (see ``orders``)
+    any other member         buckets, as SGLang reads a flattened_bucket at `update_weights_from_tensor`:
+                             base64(pickle({"flattened_tensor": <handle>, "metadata": [one a tensor]}))
 
-So SGLang reads it at `update_weights_from_tensor`, as a flattened_bucket. It names nothing but torch and
-builtins, so the trainer needs no SGLang; and it goes through the router unread, to the engine's rank on the
-very GPU of rank 0, which both name by UUID. One handle a rank: each counts its own readers.
-
-Every bucket stays where it is until the transaction is over: an engine's answer says that its copies are
-enqueued, and only the commit waits for them.
+Pickles name nothing but torch and builtins, so the trainer needs no SGLang; they go through the router
+unread, to the engine's rank on the very GPU of rank 0, which both name by UUID. One handle a rank: each
+counts its own readers. Every bucket stays where it is until the transaction is over: an engine's answer says
+that its copies are enqueued, and only the commit waits for them. The hook answers once its copies are done.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import base64
 import inspect
 import pickle
+import uuid
+from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,9 +25,10 @@ import torch
 from torch.multiprocessing import reductions
 
 from milepost.errors import FailedPrecondition
-from milepost.types import HandlesOfEngine, Prepared, Transport, WeightMember
+from milepost.types import HandlesOfEngine, Prepared, TensorSpec, Transport, WeightMember
 from milepost_trainer.buckets import DTYPES, Bucket
 from milepost_trainer.transports.base import WeightTransport
+from milepost_trainer.transports.orders import Layout
 
 
 class CudaIpcTransport(WeightTransport):
@@ -35,11 +39,52 @@ class CudaIpcTransport(WeightTransport):
     def __init__(self) -> None:
         self._members: tuple[WeightMember, ...] = ()
         self._kept: list[torch.Tensor] = []
+        self._owner = uuid.uuid4().hex
+        self._layout: Layout | None = None
+        self._know: set[tuple[str, str]] = set()  # engines, by instance, that have the layout open
 
     async def open(self, prepared: Prepared, *, timeout_s: float) -> None:
         """Remember who takes part."""
         del timeout_s
         self._members = prepared.members
+
+    def shares(self, prepared: Prepared) -> bool:
+        """Every member was launched with our hook."""
+        return bool(prepared.members) and all(member.weight_hook for member in prepared.members)
+
+    async def share(
+        self, prepared: Prepared, manifest: Sequence[TensorSpec], weights: Mapping[str, torch.Tensor]
+    ) -> tuple[HandlesOfEngine, ...]:
+        """One order a rank: in full for members that do not know where the weights lie.
+
+        Raises:
+            FailedPrecondition: the weights are not on a GPU, or a member is not on theirs.
+        """
+        here = self._here(weights[manifest[0].name].device)
+        layout = Layout.of(self._owner, manifest, weights, self._layout)
+        if layout is not self._layout:
+            self._layout, self._know = layout, set()
+        return tuple(self._ordered(prepared, member, layout, here) for member in prepared.members)
+
+    def _ordered(
+        self, prepared: Prepared, member: WeightMember, layout: Layout, here: str
+    ) -> HandlesOfEngine:
+        knows = (member.engine_id, member.instance_id) in self._know
+        text = layout.order(prepared.transaction_id, whole=not knows)
+        return HandlesOfEngine(
+            engine_id=member.engine_id,
+            handles=tuple(
+                _order(text, () if knows else layout.tensors, here)
+                for _ in range(member.tensor_parallel_size)
+            ),
+            load_format=member.weight_hook,
+        )
+
+    def taken(self, engine_ids: Collection[str]) -> None:
+        """Who copied knows the layout from now on; who failed is told all of it again."""
+        self._know = {
+            (m.engine_id, m.instance_id) for m in self._members if m.engine_id in engine_ids and m.instance_id
+        } | {known for known in self._know if known[0] not in {m.engine_id for m in self._members}}
 
     async def stage(self, bucket: Bucket, flat: torch.Tensor) -> tuple[HandlesOfEngine, ...]:
         """Make a handle for each rank of each member.
@@ -47,14 +92,7 @@ class CudaIpcTransport(WeightTransport):
         Raises:
             FailedPrecondition: the weights are not on a GPU, or a member is not on theirs.
         """
-        if flat.device.type != "cuda":
-            raise FailedPrecondition(
-                f"trainer.publish.transport = 'cuda_ipc', but the weights are on {flat.device}; set "
-                "trainer.device to cuda, or choose another transport"
-            )
-        here = gpu_uuid(flat.device)
-        for member in self._members:
-            _require_here(member, here)
+        here = self._here(flat.device)
         self._kept.append(flat)
         return tuple(
             HandlesOfEngine(
@@ -64,9 +102,22 @@ class CudaIpcTransport(WeightTransport):
             for member in self._members
         )
 
+    def _here(self, device: torch.device) -> str:
+        """The GPU of the weights, which must be that of every member."""
+        if device.type != "cuda":
+            raise FailedPrecondition(
+                f"trainer.publish.transport = 'cuda_ipc', but the weights are on {device}; set "
+                "trainer.device to cuda, or choose another transport"
+            )
+        here = gpu_uuid(device)
+        for member in self._members:
+            _require_here(member, here)
+        return here
+
     async def close(self, *, broken: bool) -> None:
         """Let go of the buckets; what an engine still reads lives until it is done."""
-        del broken
+        if broken:
+            self._know.clear()
         self._members = ()
         if self._kept:
             self._kept.clear()
@@ -105,6 +156,20 @@ def _payload(bucket: Bucket, flat: torch.Tensor, here: str) -> bytes:
         ],
     }
     return base64.b64encode(pickle.dumps(content))
+
+
+def _order(text: str, tensors: Sequence[torch.Tensor], here: str) -> bytes:
+    """An order as SGLang hands it on: the text, and the tensors by their place in it."""
+    uuid_of_gpu = here.removeprefix("GPU-")
+    shared = [(str(index), _SharedTensor(x, uuid_of_gpu)) for index, x in enumerate(tensors)]
+    return base64.b64encode(pickle.dumps([(text, _Nothing()), *shared]))
+
+
+class _Nothing:
+    """Pickles as an empty tensor: SGLang wants one beside every name."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch.Tensor, ()
 
 
 class _SharedTensor:

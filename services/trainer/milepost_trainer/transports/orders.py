@@ -1,0 +1,74 @@
+"""What a trainer tells the hook in an engine's process: where its weights lie, and later only "again".
+
+    Layout.of(manifest, weights)   where every tensor lies now; another one as soon as any of them moved
+    layout.order(transaction)      JSON; `whole`: with the place of every tensor, for one who does not know it
+
+Each tensor is a segment of its own, named by its place in the manifest: torch shares memory by tensor, and
+opens what lies in one allocation once. The reader is `milepost_engine.weight_hook`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from milepost.types import TensorSpec
+from milepost_trainer.buckets import dtype_name
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the weights lie.
+
+    Attributes:
+        name: unlike any other layout's, of this trainer or another.
+        tensors: in the manifest's order.
+        places: what the hook is told of each.
+        print: changes when any tensor moves or is another one.
+    """
+
+    name: str
+    tensors: tuple[torch.Tensor, ...]
+    places: tuple[tuple[Any, ...], ...]
+    print: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls,
+        owner: str,
+        manifest: Sequence[TensorSpec],
+        weights: Mapping[str, torch.Tensor],
+        held: Layout | None,
+    ) -> Layout:
+        """The layout of weights; `held` again where nothing has moved.
+
+        Args:
+            owner: this trainer, as no other one is named.
+            manifest: names, and the dtypes that engines shall see.
+            weights: by name.
+            held: the layout before.
+        """
+        tensors = tuple(weights[spec.name] for spec in manifest)
+        marks = tuple(
+            (spec.name, spec.dtype, x.data_ptr(), x.dtype, x.shape)
+            for spec, x in zip(manifest, tensors, strict=True)
+        )
+        if held is not None and held.print == marks:
+            return held
+        places = tuple(
+            (spec.name, list(x.shape), dtype_name(x.dtype), spec.dtype, str(index), 0)
+            for index, (spec, x) in enumerate(zip(manifest, tensors, strict=True))
+        )
+        return cls(f"{owner}/{next(_numbers)}", tensors, places, marks)
+
+    def order(self, transaction_id: str, *, whole: bool) -> str:
+        """The text of an order."""
+        said: dict[str, Any] = {"transaction": transaction_id, "layout": self.name}
+        return json.dumps({**said, "places": self.places} if whole else said)
