@@ -7,20 +7,25 @@ one for the mask. Both entries are ours. The mask entry answers "none", because 
 to say, and the attention entry refuses to run without a layout: with the library's defaults, position ids
 that restart leak in silence from one packed sequence into the next as soon as a cache is around.
 
-A kernel is any callable with the signature of ``padded_causal``; ``KERNELS`` maps names to them, so that a
-variable-length GPU kernel (``cu_seqlens`` is at hand) is one more entry.
+A kernel is any callable with the signature of ``padded_causal``; ``KERNELS`` maps names to them:
+
+| name | where it is taken | how |
+|---|---|---|
+| ``varlen`` | CUDA in half precision; compiled on the CPU | the row as it is (``attention_varlen``) |
+| ``padded`` | everywhere else | rectangles of like lengths through torch's attention |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from milepost_trainer import attention_varlen
 from milepost_trainer.layout import PackedLayout, PaddedBlock
 
 ATTENTION_NAME = "milepost_packed"
@@ -86,19 +91,55 @@ def attend(
         raise ValueError(
             "attention_mask is set: a packed row has none, its layout says what may attend to what"
         )
-    covered = layout.num_tokens
-    if query.shape[0] != 1 or query.shape[2] != covered or key.shape[2] != covered:
-        raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit a layout of {covered} tokens; "
-            "lay all sequences in one row"
-        )
+    if not torch.compiler.is_compiling():  # the number would be compiled in
+        _check_fit(query, key, layout)
     unknown = [name for name in _REFUSED if kwargs.get(name) is not None]
     if unknown or dropout:
         asked = ", ".join(unknown) or f"attention_dropout={dropout}"
         raise NotImplementedError(
             f"{type(module).__name__} asks for {asked}, which packed attention does not do"
         )
-    return KERNELS["padded"](query, key, value, layout, scaling, sliding_window), None
+    return KERNELS[choose_kernel(query)](query, key, value, layout, scaling, sliding_window), None
+
+
+def choose_kernel(query: torch.Tensor) -> str:
+    """The name of the kernel that a layer with such queries takes."""
+    opaque = torch.compiler.is_compiling() and not query.is_cuda
+    return "varlen" if opaque or attention_varlen.supports(query) else "padded"
+
+
+def _check_fit(query: torch.Tensor, key: torch.Tensor, layout: PackedLayout) -> None:
+    covered = layout.num_tokens
+    if query.shape[0] != 1 or query.shape[2] != covered or key.shape[2] != covered:
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit a layout of {covered} tokens; "
+            "lay all sequences in one row"
+        )
+
+
+def variable_lengths(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attend along the packed row by one operation that knows where sequences end.
+
+    Returns:
+        [1, T, heads, head_dim].
+    """
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, head_dim]
+    return attention_varlen.packed_attention(
+        q,
+        k,
+        v,
+        cu_seqlens=layout.cu_seqlens,
+        extent=layout.extent,
+        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+    )[None]
 
 
 def padded_causal(
@@ -153,4 +194,7 @@ def _rectangle(tensor: torch.Tensor, block: PaddedBlock) -> torch.Tensor:
     return picked.reshape(block.num_sequences, block.length, tensor.shape[1], -1).transpose(1, 2)
 
 
-KERNELS: dict[str, Kernel] = {"padded": padded_causal}
+KERNELS: dict[str, Kernel] = {
+    "padded": cast(Kernel, torch.compiler.disable(padded_causal)),
+    "varlen": variable_lengths,
+}

@@ -1,12 +1,14 @@
 """The layout of a packed row: where each sequence starts, and how attention may cut the row up.
 
-Owned by the micro-batch, built once for it, read by the attention function of every layer.
+Owned by the micro-batch, built once for it, read by the attention function of every layer. Kernels with
+variable lengths need ``cu_seqlens`` and ``extent`` alone; rectangles are cut when a kernel first asks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,28 +33,25 @@ class PaddedBlock:
     cells: torch.Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: torch.compile takes frozen ones apart and compiles anew for every length
 class PackedLayout:
-    """Sequences of a packed row.
+    """Sequences of a packed row. Nobody changes it.
 
     Attributes:
-        cu_seqlens: int32 [S + 1] running sum of lengths, as variable-length kernels want it.
-        max_length: the longest sequence.
-        blocks: the sequences as rectangles, for kernels without variable lengths. Padding at most doubles a
-            row.
-        restore: int64 [T] where each packed position stands among the blocks' rows laid end to end; None when
-            one block holds the row as it is.
+        lengths: tokens of each sequence.
+        cu_seqlens: int32 [S + 1] running sum of lengths, as variable-length kernels want it, on the device.
+        num_tokens: T, the sum of the lengths.
+        extent: int32 [1] the longest of them, on the host: kernels want it as a number, and a number would
+            be compiled in.
     """
 
+    lengths: tuple[int, ...]
     cu_seqlens: torch.Tensor
-    max_length: int
-    blocks: tuple[PaddedBlock, ...]
-    restore: torch.Tensor | None
 
-    @property
-    def num_tokens(self) -> int:
-        """T."""
-        return sum(block.rows.numel() for block in self.blocks)
+    def __post_init__(self) -> None:
+        """Derive what never changes device."""
+        self.num_tokens = sum(self.lengths)
+        self.extent = torch.tensor([max(self.lengths)], dtype=torch.int32)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], *, device: torch.device | None = None) -> PackedLayout:
@@ -69,19 +68,27 @@ class PackedLayout:
             raise ValueError(
                 f"lengths is {list(lengths)}: name at least one sequence, each of at least 1 token"
             )
-        sizes = torch.tensor(lengths, dtype=torch.int64)
-        ends = sizes.cumsum(0)
-        starts = ends - sizes
-        blocks = tuple(_block(starts[members], sizes[members], device) for members in _like_lengths(lengths))
-        zero = torch.zeros(1, dtype=torch.int64)
-        whole = len(blocks) == 1 and blocks[0].cells is None
-        restore = None if whole else torch.cat([block.rows for block in blocks]).argsort()
-        return cls(
-            cu_seqlens=torch.cat([zero, ends]).to(device=device, dtype=torch.int32),
-            max_length=max(lengths),
-            blocks=blocks,
-            restore=restore,
+        ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+        return cls(tuple(lengths), ends.to(device=device, dtype=torch.int32))
+
+    @cached_property
+    def blocks(self) -> tuple[PaddedBlock, ...]:
+        """The sequences as rectangles, for kernels without variable lengths; at most half is padding."""
+        sizes = torch.tensor(self.lengths, dtype=torch.int64)
+        starts = sizes.cumsum(0) - sizes
+        device = self.cu_seqlens.device
+        return tuple(
+            _block(starts[members], sizes[members], device) for members in _like_lengths(self.lengths)
         )
+
+    @cached_property
+    def restore(self) -> torch.Tensor | None:
+        """Where each packed position stands among the blocks' rows laid end to end.
+
+        int64 [T]; None when one block holds the row as it is.
+        """
+        whole = len(self.blocks) == 1 and self.blocks[0].cells is None
+        return None if whole else torch.cat([block.rows for block in self.blocks]).argsort()
 
 
 def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
@@ -96,7 +103,7 @@ def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
     return [sorted(members) for members in classes]
 
 
-def _block(starts: torch.Tensor, sizes: torch.Tensor, device: torch.device | None) -> PaddedBlock:
+def _block(starts: torch.Tensor, sizes: torch.Tensor, device: torch.device) -> PaddedBlock:
     length = int(sizes.max())
     column = torch.arange(length)
     gather = (starts[:, None] + torch.minimum(column[None], sizes[:, None] - 1)).reshape(-1)

@@ -76,8 +76,9 @@ def load_policy(
     initial_weights: str = "load",
     seed: int = 0,
     head_chunk_tokens: int = 4096,
+    device: torch.device | None = None,
 ) -> Policy:
-    """Build the policy from a Hugging Face directory, on the CPU.
+    """Build the policy from a Hugging Face directory; what is loaded is on the CPU.
 
     Args:
         model_dir: holds ``config.json`` and, unless weights are random, safetensors.
@@ -85,6 +86,7 @@ def load_policy(
         initial_weights: "load", or "random" to draw them from ``seed``.
         seed: of random weights.
         head_chunk_tokens: see ``Policy``.
+        device: where random weights are drawn; each kind of device draws its own. None for the CPU.
 
     Returns:
         The policy in training mode.
@@ -100,7 +102,8 @@ def load_policy(
     disable_progress_bar()
     if initial_weights == "random":
         config = AutoConfig.from_pretrained(model_dir)
-        with torch.random.fork_rng(devices=[]):
+        here = device or torch.device("cpu")
+        with torch.random.fork_rng(devices=[here] if here.type == "cuda" else []), here:
             torch.manual_seed(seed)
             lm = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype)
     else:

@@ -90,8 +90,11 @@ class FsdpSettings(Table):
     reduce_every_micro_batch: bool = True
     """Reduce gradients at each micro-batch; false keeps whole gradients on each rank and reduces once an
     update."""
-    activation_checkpointing: bool = False
-    """Compute each layer again in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What is computed again in the backward pass instead of kept: nothing, all but matrix products and
+    attention, or whole layers."""
+    checkpoint_every: int = Field(default=1, ge=1)
+    """Activation checkpointing of every n-th layer; the others keep what they computed."""
 
 
 class CheckpointSettings(Table):
@@ -290,6 +293,9 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """Dtype of parameters and optimizer."""
     compute_dtype: Literal["", "float32", "bfloat16"] = ""
     """Dtype of forward and backward passes; empty: that of the parameters."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """Compile the decoder's layers with torch.compile; `auto` does where they run in half precision on CUDA.
+    All layers share one compilation, which the first micro-batch waits for (a minute at most, as a rule)."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of a rank's tensor operations."""
     num_steps: int = Field(default=0, ge=0)

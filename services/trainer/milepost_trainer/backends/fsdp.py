@@ -31,6 +31,7 @@ from milepost_trainer.backends.recovery import Recovery
 from milepost_trainer.batch import MicroBatch
 from milepost_trainer.buckets import Bucket
 from milepost_trainer.export import write_hf_export
+from milepost_trainer.layers import prepare_layers
 from milepost_trainer.objectives.base import Objective
 from milepost_trainer.policy import Policy, load_policy
 from milepost_trainer.schedule import learning_rate
@@ -95,7 +96,7 @@ class FsdpBackend(Backend):
         if self.world.mesh is None and not batch.has_loss:
             return MicroBatchResult(loss=0.0, num_tokens=0, sums={})
         if isinstance(self._policy, FSDPModule):
-            self._policy.set_requires_gradient_sync(last or self._settings.fsdp.reduce_every_micro_batch)
+            self._accumulate(self._policy, last=last)
         scores = self._policy(batch, with_entropy=self._settings.objective.entropy)
         result = objective.token_loss(batch, scores)
         loss = (result.loss * batch.weights).sum()
@@ -104,6 +105,14 @@ class FsdpBackend(Backend):
         if scores.entropy is not None:
             reports["entropy_loss"] = scores.entropy.detach()
         return _summarise(loss.detach(), batch, reports)
+
+    def _accumulate(self, policy: FSDPModule, *, last: bool) -> None:
+        """Until the last micro-batch, gradients may stay whole on each rank: nothing to reduce, no weights to
+        gather again where they are kept. One rank alone loses no memory by that."""
+        fsdp = self._settings.fsdp
+        reduces = last or (fsdp.reduce_every_micro_batch and self.world.size > 1)
+        policy.set_requires_gradient_sync(reduces)
+        policy.set_reshard_after_backward(last or fsdp.reshard_after_forward)
 
     def attempt(self, work: Callable[[MicroBatch], T], batch: MicroBatch) -> T | None:
         """See ``Backend.attempt``."""
@@ -228,9 +237,14 @@ class FsdpBackend(Backend):
             initial_weights=initial_weights,
             seed=settings.seed,
             head_chunk_tokens=settings.head_chunk_tokens,
+            device=self.world.device,
         ).to(self.world.device)
-        if settings.fsdp.activation_checkpointing:
-            cast(Any, policy.lm).gradient_checkpointing_enable({"use_reentrant": False})
+        prepare_layers(
+            policy.layers,
+            checkpointing=settings.fsdp.activation_checkpointing,
+            every=settings.fsdp.checkpoint_every,
+            compiled=_compiles(settings, self.world.device),
+        )
         if self.world.mesh is not None:
             _shard(policy, settings, self.world)
         return policy
@@ -247,6 +261,11 @@ def _quiet() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def _compiles(settings: TrainerSettings, device: torch.device) -> bool:
+    half = (settings.compute_dtype or settings.dtype) == "bfloat16"
+    return settings.compile == "always" or (settings.compile == "auto" and half and device.type == "cuda")
 
 
 def _shard(policy: Policy, settings: TrainerSettings, world: World) -> None:
