@@ -30,9 +30,9 @@ _NOT_PASSED = _HOP_BY_HOP | {b"host", b"content-length", b"expect"}
 _KNOWN = frozenset(("run", "min-version", "version", "session", "deadline-ms"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
-    """What the router takes from a request's headers.
+    """What the router takes from a request's headers. Never changed; freezing it would cost as much again.
 
     Attributes:
       ask: what it demands of its engine.
@@ -73,10 +73,10 @@ def read(headers: RawHeaders) -> Request:
     return Request(ask, _number(ours, "deadline-ms") / 1000, b"\r\n".join(passed))
 
 
-def request_head(method: str, target: bytes, host: str, passed: bytes, body_bytes: int) -> bytes:
+def request_head(method: bytes, target: bytes, host: bytes, passed: bytes, body_bytes: int) -> bytes:
     """The head of a request to an engine."""
-    line = b"%s %s HTTP/1.1\r\nhost: %s\r\n" % (method.encode(), target, host.encode())
-    length = b"content-length: %d\r\n" % body_bytes if body_bytes or method != "GET" else b""
+    line = b"%s %s HTTP/1.1\r\nhost: %s\r\n" % (method, target, host)
+    length = b"content-length: %d\r\n" % body_bytes if body_bytes or method != b"GET" else b""
     return line + (passed + b"\r\n" if passed else b"") + length + b"\r\n"
 
 
@@ -93,6 +93,16 @@ def reply_headers(
     if length is not None:
         headers.append((b"content-length", b"%d" % length))
     return headers
+
+
+def whole_reply_head(upstream: RawHeaders, *, engine_id: str, version: tuple[int, int], length: int) -> bytes:
+    """The same of a reply that is there whole, as lines; `version` is that of its begin and its end."""
+    kept = [b"%s: %s\r\n" % header for header in upstream if header[0] not in _REPLACED]
+    ours = (
+        b"x-milepost-engine: %s\r\nx-milepost-version-start: %d\r\nx-milepost-version-end: %d\r\n"
+        b"content-length: %d\r\n" % (engine_id.encode(), *version, length)
+    )
+    return b"".join((*kept, ours))
 
 
 def with_length(headers: RawHeaders, size: int) -> RawHeaders:

@@ -10,7 +10,11 @@ Header names and values of replies are taken as they are: they come from an engi
 own code.
 
 An app may set `scope[EXCHANGE].on_hangup`, called once when the client closes its connection before the
-answer is complete; a waiting `receive()` would tell the same for the price of a task a request.
+answer is complete; a waiting `receive()` would tell the same for the price of a task a request. An app with a
+method `take` is offered each request whose body came with its head before a task is made for it:
+
+    take(exchange) -> False   a task calls the app, as ASGI has it
+                   -> True    the app answers by exchange.respond(...), or goes on in a task by go_on(...)
 
 The connection owns its parser, its exchanges and its timer; uvicorn's `server_state` owns the set of tasks.
 """
@@ -21,7 +25,7 @@ import asyncio
 import http
 import logging
 from collections import deque
-from collections.abc import Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from typing import Any, cast
 from urllib.parse import unquote
 
@@ -67,7 +71,8 @@ class HttpConnection(asyncio.Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self._app = config.loaded_app
+        self._app: Any = config.loaded_app
+        self._take: Callable[[Exchange], bool] | None = getattr(self._app, "take", None)
         self._state = server_state
         self._keep_alive_s = config.timeout_keep_alive
         self._loop = _loop or asyncio.get_running_loop()
@@ -114,6 +119,9 @@ class HttpConnection(asyncio.Protocol):
             log.warning("no HTTP request: %s", error)
             self.transport.write(_BAD_REQUEST)
             self.transport.close()
+            return
+        if self._queue and not self._queue[0].begun:
+            self._begin(self._queue[0])
 
     def pause_writing(self) -> None:
         """The client reads more slowly than we write."""
@@ -162,21 +170,15 @@ class HttpConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """The head is there: the app may begin."""
-        url = self._url if self._url.startswith(b"/") else _origin_form(self._url)
-        raw_path, _, query = url.partition(b"?")
-        path = raw_path.decode("latin-1")
-        scope = self._scope.copy()
-        scope["http_version"] = self._parser.get_http_version()
-        scope["method"] = self._parser.get_method().decode("ascii")
-        scope["path"] = unquote(path) if "%" in path else path
-        scope["raw_path"], scope["query_string"], scope["headers"] = raw_path, query, self._headers
         keep = self._parser.should_keep_alive() and not self._closing
-        exchange = Exchange(self, scope, keep_alive=keep, expects=self._expects)
+        exchange = Exchange(self, keep_alive=keep, expects=self._expects)
+        exchange.method = self._parser.get_method()
+        exchange.target = self._url if self._url.startswith(b"/") else _origin_form(self._url)
+        exchange.http_version = self._parser.get_http_version()
+        exchange.headers = self._headers
         self._read = exchange
         self._queue.append(exchange)
-        if len(self._queue) == 1:
-            self._start(exchange)
-        else:
+        if len(self._queue) > 1:
             self.transport.pause_reading()
 
     def on_body(self, data: bytes) -> None:
@@ -192,8 +194,29 @@ class HttpConnection(asyncio.Protocol):
 
     # ------------------------------------------------------------------------------------ exchanges
 
-    def _start(self, exchange: Exchange) -> None:
-        task = self._loop.create_task(exchange.run(self._app))
+    def _begin(self, exchange: Exchange) -> None:
+        exchange.begun = True
+        if self._take is None or not exchange.whole or not self._take(exchange):
+            scope = self._scope_of(exchange)
+            exchange.go_on(lambda: self._app(scope, exchange.receive, exchange.send))
+
+    def _scope_of(self, exchange: Exchange) -> dict[str, Any]:
+        raw_path, _, query = exchange.target.partition(b"?")
+        path = raw_path.decode("latin-1")
+        return {
+            **self._scope,
+            "http_version": exchange.http_version,
+            "method": exchange.method.decode("ascii"),
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": raw_path,
+            "query_string": query,
+            "headers": exchange.headers,
+            EXCHANGE: exchange,
+        }
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs it in a task that uvicorn's server waits for, and cancels, when it stops."""
+        task = self._loop.create_task(work)
         self._state.tasks.add(task)
         task.add_done_callback(self._state.tasks.discard)
 
@@ -204,7 +227,7 @@ class HttpConnection(asyncio.Protocol):
         if not exchange.keep_alive or self._closing:
             self.transport.close()
         elif self._queue:
-            self._start(self._queue[0])
+            self._begin(self._queue[0])
         else:
             self._idle_since = self._loop.time()
             self.transport.resume_reading()  # what is left of its request, and the next one
@@ -214,33 +237,43 @@ class Exchange:
     """One request and its reply.
 
     Attributes:
+      method, target, http_version, headers: of the request; names of headers are in lower case.
       keep_alive: the connection stays when it is answered.
       on_hangup: what to call when the client leaves before that.
+      begun: somebody answers it.
+      whole: its body is there.
+      unread_bytes: what is there of its body and was not taken.
     """
 
-    def __init__(
-        self, connection: HttpConnection, scope: dict[str, Any], *, keep_alive: bool, expects: bool
-    ) -> None:
+    method: bytes
+    target: bytes
+    http_version: str
+    headers: list[tuple[bytes, bytes]]
+
+    def __init__(self, connection: HttpConnection, *, keep_alive: bool, expects: bool) -> None:
         self.keep_alive = keep_alive
         self.on_hangup: Callable[[], None] | None = None
-        self._connection, self._scope, self._expects = connection, scope, expects
+        self.begun = self.whole = False
+        self._connection, self._expects = connection, expects
         self._pieces: list[bytes] = []
-        self._unread = 0
-        self._whole = self._taken = self._gone = self._over = False
+        self.unread_bytes = 0
+        self._taken = self._gone = self._over = False
         self._heard: asyncio.Future[None] | None = None
         self._start: Message | None = None
         self._started = self._chunked = False
-        scope[EXCHANGE] = self
 
-    async def run(self, app: Any) -> None:
-        """Lets the app answer; what it leaves out is answered for it."""
+    def go_on(self, answer: Callable[[], Awaitable[None]]) -> None:
+        """Has a task answer it; what that leaves out is answered for it."""
+        self._connection.run(self._guard(answer))
+
+    async def _guard(self, answer: Callable[[], Awaitable[None]]) -> None:
         try:
-            await app(self._scope, self.receive, self.send)
+            await answer()
         except asyncio.CancelledError:
             self._connection.transport.close()
             raise
         except Exception:
-            log.exception("%s %s failed", self._scope["method"], self._scope["path"])
+            log.exception("%s %s failed", self.method.decode(), self.target.decode("latin-1"))
         if self._over or self._gone:
             return
         if self._started:
@@ -256,13 +289,13 @@ class Exchange:
         if self._over:
             return 0
         self._pieces.append(data)
-        self._unread += len(data)
+        self.unread_bytes += len(data)
         self._wake()
-        return self._unread
+        return self.unread_bytes
 
     def feed_end(self) -> None:
         """The body is whole."""
-        self._whole = True
+        self.whole = True
         self._wake()
 
     def hang_up(self) -> None:
@@ -278,10 +311,15 @@ class Exchange:
         if self._heard is not None and not self._heard.done():
             self._heard.set_result(None)
 
+    def take_body(self) -> bytes:
+        """The whole body, once it is `whole`; `receive` has nothing more of it then."""
+        self._taken = True
+        return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+
     async def receive(self) -> Message:
         """ASGI's receive: what came of the body, and http.disconnect behind its end."""
         transport = self._connection.transport
-        while not (self._gone or self._over or (not self._taken and (self._pieces or self._whole))):
+        while not (self._gone or self._over or (not self._taken and (self._pieces or self.whole))):
             if self._expects and not transport.is_closing():
                 transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self._expects = False
@@ -290,12 +328,41 @@ class Exchange:
             await self._heard
         if self._gone or self._over:
             return {"type": "http.disconnect"}
-        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        body = self.take_body()
         self._pieces.clear()
-        self._unread, self._taken = 0, self._whole
-        return {"type": "http.request", "body": body, "more_body": not self._whole}
+        self.unread_bytes, self._taken = 0, self.whole
+        return {"type": "http.request", "body": body, "more_body": not self.whole}
 
     # ------------------------------------------------------------------------------------ the reply
+
+    @property
+    def respondable(self) -> bool:
+        """A reply may be written now: the client is there and has read what came before."""
+        return not self._gone and self._connection.writable is None
+
+    def respond(self, status: int, head: bytes, pieces: Sequence[bytes | memoryview]) -> bool:
+        """Answers at once with a whole reply.
+
+        Args:
+          status: HTTP's.
+          head: lines of headers, each with its end; the length of the body is among them.
+          pieces: the body.
+
+        Returns:
+          False where the kernel did not take all of it: `pieces` are still read from.
+        """
+        connection = self._connection
+        head = _status_line(status) + head + (b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        if self.method == b"HEAD":
+            pieces = ()
+        if len(pieces) == 1 and len(pieces[0]) < ONE_PIECE_BYTES:
+            connection.transport.write(head + pieces[0])
+        else:
+            connection.transport.writelines((head, *pieces))
+        left_bytes = connection.transport.get_write_buffer_size()
+        self._over = True
+        connection.answered(self)
+        return not left_bytes
 
     async def send(self, message: Message) -> None:
         """ASGI's send."""
@@ -309,7 +376,7 @@ class Exchange:
             return
         body, more = message.get("body", b""), message.get("more_body", False)
         head = b"" if self._started else self._head(more=more, size=len(body))
-        if self._scope["method"] == "HEAD":
+        if self.method == b"HEAD":
             body = b""
         elif self._chunked:
             body = _chunk(body, last=not more)
@@ -328,7 +395,7 @@ class Exchange:
             raise RuntimeError("http.response.body came before http.response.start")
         self._started = True
         status: int = self._start["status"]
-        pieces = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status]
+        pieces = [_status_line(status)]
         has_length = False
         for name, value in self._start.get("headers", ()):
             has_length = has_length or name == b"content-length"
@@ -344,11 +411,15 @@ class Exchange:
     def _framing(self, *, more: bool, size: int) -> bytes:
         if not more:
             return b"content-length: %d\r\n" % size
-        if self._scope["http_version"] == "1.0":  # knows no chunks: the end of the connection ends the body
+        if self.http_version == "1.0":  # knows no chunks: the end of the connection ends the body
             self.keep_alive = False
             return b""
         self._chunked = True
         return b"transfer-encoding: chunked\r\n"
+
+
+def _status_line(status: int) -> bytes:
+    return _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
 
 
 def _chunk(data: bytes, *, last: bool) -> bytes:

@@ -77,6 +77,8 @@ class HttpServer:
         if self._loop_task is not None:
             await self._loop_task
         await self._server.shutdown(sockets=self._sockets)
+        for connection in list(self._server.server_state.connections):
+            cast(HttpConnection, connection).transport.abort()  # and its request, which no task may hold
 
 
 def _bind(listen: str) -> socket.socket:

@@ -5,16 +5,19 @@
             │    └────────────────────────┘
             └── deadline passed, client gone: `over` holds the error, whoever waits is woken
 
-The deadline stands still while the engine that has the request is paused by us for a weight update.
+The deadline stands still while the engine that has the request is paused by us for a weight update. One timer
+serves all requests of a router: it goes off at the earliest deadline, and looks at each.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 
 from milepost.errors import Cancelled, MilepostError
 from milepost_common.telemetry.tracing import NOTHING
 from milepost_router.headers import Request
+from milepost_router.http_connection import Exchange
 from milepost_router.metrics import OK
 from milepost_router.proxy_errors import deadline_passed
 from milepost_router.record import EngineRecord
@@ -22,6 +25,45 @@ from milepost_router.signals import Waiter, wake
 from milepost_router.upstream import Connection, GaveUp
 
 _MIN_REARM_S = 0.05
+
+
+class Deadlines:
+    """Ends requests at their deadlines: exactly, or `_MIN_REARM_S` late where many follow one another."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._passages: set[Passage] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._goes_off_at = math.inf
+
+    def add(self, passage: Passage, due_at: float) -> None:
+        """A request came."""
+        self._passages.add(passage)
+        if due_at < self._goes_off_at:
+            self._set(due_at)
+
+    def discard(self, passage: Passage) -> None:
+        """It is answered."""
+        self._passages.discard(passage)
+
+    def _set(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._goes_off_at = at
+        self._timer = self._loop.call_at(at, self._look)
+
+    def _look(self) -> None:
+        self._timer, self._goes_off_at = None, math.inf
+        soonest_s = math.inf
+        for passage in list(self._passages):
+            remaining_s = passage.remaining_s()
+            if remaining_s > 0.001:
+                soonest_s = min(soonest_s, remaining_s)
+            else:
+                self._passages.discard(passage)
+                passage.expire()
+        if soonest_s < math.inf:
+            self._set(self._loop.time() + max(soonest_s, _MIN_REARM_S))
 
 
 class Passage:
@@ -36,13 +78,28 @@ class Passage:
       pin_lost: the engine of a request for exactly one version was given other weights.
       head_sent: the client has the head of a reply: no other engine can answer any more.
       streams_events: what it gets is an event stream.
+      exchange: its reply's way to the client; None: a task holds that.
+      connection: to the engine, once it travels.
       span: of the trace that its client records; NOTHING: none.
       outcome: how it ended, as it is counted.
       age_s: seconds since it came.
     """
 
+    __slots__ = (
+        "_closed", "_deadline_s", "_deadlines", "_loop", "_paused_at_start", "_paused_s", "_started", "body",
+        "connection", "cut", "exchange", "head_sent", "method", "outcome", "over", "pin_lost", "record",
+        "request", "span", "streams_events", "target", "version_start", "waiting",
+    )  # fmt: skip
+
     def __init__(
-        self, request: Request, method: str, target: bytes, body: bytes, *, deadline_s: float
+        self,
+        request: Request,
+        method: bytes,
+        target: bytes,
+        body: bytes,
+        *,
+        deadline_s: float,
+        deadlines: Deadlines,
     ) -> None:
         self.request = request
         self.method, self.target, self.body = method, target, body
@@ -56,14 +113,15 @@ class Passage:
         self.span = NOTHING
         self.outcome = OK
         self.waiting: Waiter | None = None
+        self.exchange: Exchange | None = None
+        self.connection: Connection | None = None
         self._closed = False
-        self._connection: Connection | None = None
-        self._deadline_s = deadline_s
+        self._deadline_s, self._deadlines = deadline_s, deadlines
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.time()
         self._paused_s = 0.0
         self._paused_at_start = 0.0
-        self._timer = self._loop.call_later(deadline_s, self._on_timer)
+        deadlines.add(self, self._started + deadline_s)
 
     def given_to(self, record: EngineRecord) -> None:
         """An engine has it now."""
@@ -77,11 +135,11 @@ class Passage:
         """The engine has it no more."""
         if self.record is not None:
             self._paused_s += self.record.paused_s(self._loop.time()) - self._paused_at_start
-        self.record = self._connection = None
+        self.record = self.connection = None
 
     def travels_by(self, connection: Connection) -> None:
         """It is about to be sent over this connection; one that was cut meanwhile is not sent."""
-        self._connection = connection
+        self.connection = connection
         if self.over is not None or self.cut:
             self._break()
 
@@ -111,15 +169,12 @@ class Passage:
     def close(self) -> None:
         """It is answered: nothing can end it any more."""
         self._closed = True
-        self._timer.cancel()
-        self._connection = None
+        self._deadlines.discard(self)
+        self.connection = None
 
-    def _on_timer(self) -> None:
-        remaining_s = self.remaining_s()
-        if remaining_s > 0.001:
-            self._timer = self._loop.call_later(max(remaining_s, _MIN_REARM_S), self._on_timer)
-        else:
-            self._end(deadline_passed(self._deadline_s))
+    def expire(self) -> None:
+        """Its deadline passed."""
+        self._end(deadline_passed(self._deadline_s))
 
     def _end(self, error: MilepostError) -> None:
         if self.over is None:
@@ -128,6 +183,6 @@ class Passage:
         wake(self.waiting)
 
     def _break(self) -> None:
-        if self._connection is not None:
+        if self.connection is not None:
             why = self.over.message if self.over is not None else self.cut
-            self._connection.abort(GaveUp(why))
+            self.connection.abort(GaveUp(why))

@@ -5,6 +5,10 @@
                     │             └ wait for fleet ─┤
                     └───────── another engine ──────┘
 
+Most requests need no task: an engine fits, a connection to it is idle, its reply comes whole. `take` sends
+them in the callback that read them, `_replied` answers in the callback that read the reply. What turns out
+otherwise goes on in a task from where it stands.
+
 Nothing is decoded. Everything else goes to the control app (`/health`, `/engines`); no other engine route
 is reachable from here.
 - A reply that is no event stream is read whole before a byte of it is passed on, so that another engine can
@@ -21,7 +25,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 from milepost.errors import Cancelled, InvalidArgument, MilepostError
@@ -29,9 +34,9 @@ from milepost.types import EngineState
 from milepost_common.telemetry import tracing
 from milepost_router import headers, proxy_errors, routing, spans
 from milepost_router.fleet import Fleet, Transition
-from milepost_router.http_connection import EXCHANGE
+from milepost_router.http_connection import EXCHANGE, Exchange
 from milepost_router.metrics import CLIENT_LEFT, ENGINE_ERROR, REFUSED, ProxyMeter
-from milepost_router.passage import Passage
+from milepost_router.passage import Deadlines, Passage
 from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
 from milepost_router.signals import Signal, wait_for
@@ -97,7 +102,8 @@ class Proxy:
         self._fleet, self._pool, self._changed = fleet, pool, changed
         self._settings, self._control, self._look_at = settings, control, look_at
         self._passages: dict[EngineRecord, set[Passage]] = {}
-        self._hosts: dict[str, str] = {}
+        self._hosts: dict[str, bytes] = {}
+        self._deadlines = Deadlines()
         self.meter = ProxyMeter()
         self._loop = asyncio.get_running_loop()
         fleet.subscribe(self._on_transition)
@@ -116,27 +122,85 @@ class Proxy:
             return
         if body is None:
             return
-        target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        deadline_s = request.deadline_s or self._settings.request_timeout_s
-        passage = Passage(request, scope["method"], target, body, deadline_s=deadline_s)
-        self.meter.in_flight += 1
+        exchange: Exchange = scope[EXCHANGE]
+        passage = self._passage_of(exchange, request, body)
         if tracing.on:
             spans.begin(passage, scope["headers"])
-        scope[EXCHANGE].on_hangup = passage.client_left
+        await self._finish(passage, send)
+
+    def take(self, exchange: Exchange) -> bool:
+        """Sends a request to its engine if nothing has to be waited for; False: let a task call the app."""
+        if tracing.on or not _is_passed_through_plainly(exchange.target):
+            return False
         try:
-            await self._serve(passage, send)
+            request = headers.read(exchange.headers)
+        except InvalidArgument:
+            return False
+        record = routing.choose(self._fleet, request.ask, policy=self._settings.policy)
+        if record is None or exchange.unread_bytes > self._settings.max_body_bytes:
+            return False
+        connection = self._pool.idle(record.url)
+        if connection is None:
+            return False
+        passage = self._passage_of(exchange, request, exchange.take_body())
+        passage.exchange = exchange
+        self._give(passage, record)
+        passage.travels_by(connection)
+        connection.send(self._request_head(passage, record), passage.body)
+        connection.when_replied(partial(self._replied, passage, record, connection))
+        return True
+
+    def _replied(self, passage: Passage, record: EngineRecord, connection: Connection) -> None:
+        """The reply to a request that was taken is whole, or something else came of it."""
+        exchange = cast(Exchange, passage.exchange)
+        reply = connection.whole_reply
+        if reply is None or reply.status >= 400 or reply.streams or not exchange.respondable:
+            exchange.go_on(lambda: self._finish(passage, exchange.send, sent=connection))
+            return
+        pieces = connection.take_body()
+        version, length = (passage.version_start, record.version), sum(map(len, pieces))
+        head = headers.whole_reply_head(
+            reply.headers, engine_id=record.engine_id, version=version, length=length
+        )
+        passage.head_sent = True
+        if not exchange.respond(reply.status, head, pieces):
+            self._pool.intake.renew()
+        self._take_back(passage, record, failed=False)
+        self._pool.release(connection)
+        self._over(passage)
+
+    def _passage_of(self, exchange: Exchange, request: headers.Request, body: bytes) -> Passage:
+        passage = Passage(
+            request,
+            exchange.method,
+            exchange.target,
+            body,
+            deadline_s=request.deadline_s or self._settings.request_timeout_s,
+            deadlines=self._deadlines,
+        )
+        self.meter.in_flight += 1
+        exchange.on_hangup = passage.client_left
+        return passage
+
+    async def _finish(self, passage: Passage, send: Send, *, sent: Connection | None = None) -> None:
+        """Serves a passage to its end; one that was taken is on its way by `sent`."""
+        try:
+            await self._serve(passage, send, sent)
         finally:
-            self.meter.ended(passage.outcome, passage.age_s)
             if passage.span is not tracing.NOTHING:
                 spans.end(passage)
-            passage.close()
+            self._over(passage)
+
+    def _over(self, passage: Passage) -> None:
+        self.meter.ended(passage.outcome, passage.age_s)
+        passage.close()
 
     # ------------------------------------------------------------------------------------ one request
 
-    async def _serve(self, passage: Passage, send: Send) -> None:
+    async def _serve(self, passage: Passage, send: Send, sent: Connection | None) -> None:
         """Gives the request to one engine after another until one answers, and tells the client otherwise."""
         try:
-            await self._try_engines(passage, send)
+            await self._try_engines(passage, send, sent)
         except Cancelled:
             passage.outcome = CLIENT_LEFT
             log.debug("%s: the client left", passage.request.ask.describe())
@@ -149,21 +213,22 @@ class Proxy:
             else:  # an end without the last chunk: the client must not take it for whole
                 log.warning("a reply broke off: %s", error)
 
-    async def _try_engines(self, passage: Passage, send: Send) -> None:
+    async def _try_engines(self, passage: Passage, send: Send, sent: Connection | None) -> None:
         tried: list[EngineRecord] = []
         failures: list[UpstreamError] = []
         while len(failures) <= self._settings.request_retries:
-            record = await self._engine_for(passage, tried)
+            record = passage.record or await self._engine_for(passage, tried)
             if record is None:
                 break
             try:
-                await self._with_engine(passage, record, send)
+                await self._with_engine(passage, record, send, sent)
                 return
             except UpstreamError as error:
                 if passage.over is not None:
                     raise passage.over from error
                 if passage.head_sent:
                     raise proxy_errors.stream_broke(f"{record.engine_id}: {error}") from error
+                sent = None
                 tried.append(record)
                 failures.append(error)
                 self.meter.retried(error)
@@ -213,14 +278,15 @@ class Proxy:
             self.meter.waited(passage.age_s - began_s)
         passage.waiting = None
 
-    async def _with_engine(self, passage: Passage, record: EngineRecord, send: Send) -> None:
+    async def _with_engine(
+        self, passage: Passage, record: EngineRecord, send: Send, sent: Connection | None
+    ) -> None:
         """One attempt: the request travels to an engine and its reply to the client."""
         failed = False
-        self._fleet.request_started(record)
-        passage.given_to(record)
-        self._passages.setdefault(record, set()).add(passage)
+        if sent is None:
+            self._give(passage, record)
         try:
-            await self._exchange(passage, record, send)
+            await self._exchange(passage, record, send, sent)
         except (Refused, Died, Rubbish) as error:
             failed = True
             self._broken(record, error)
@@ -229,27 +295,45 @@ class Proxy:
             failed = True
             raise
         finally:
-            self._forget(passage, record)
-            now = self._loop.time()
-            self._fleet.request_ended(record, failed=failed, now=now)
-            passage.taken_back()
+            self._take_back(passage, record, failed=failed)
 
-    async def _exchange(self, passage: Passage, record: EngineRecord, send: Send) -> None:
+    def _give(self, passage: Passage, record: EngineRecord) -> None:
+        self._fleet.request_started(record)
+        passage.given_to(record)
+        self._passages.setdefault(record, set()).add(passage)
+
+    def _take_back(self, passage: Passage, record: EngineRecord, *, failed: bool) -> None:
+        passages = self._passages[record]
+        passages.discard(passage)
+        if not passages and record.leaving:
+            del self._passages[record]
+        self._fleet.request_ended(record, failed=failed, now=self._loop.time())
+        passage.taken_back()
+
+    def _request_head(self, passage: Passage, record: EngineRecord) -> bytes:
+        host = self._hosts.get(record.url)
+        if host is None:
+            host = self._hosts[record.url] = urlsplit(record.url).netloc.encode()
+        passed = passage.request.passed
+        return headers.request_head(passage.method, passage.target, host, passed, len(passage.body))
+
+    async def _exchange(
+        self, passage: Passage, record: EngineRecord, send: Send, sent: Connection | None
+    ) -> None:
         """Sends it, again once where a kept connection turned out to be closed, and passes the reply on."""
-        host = self._hosts.get(record.url) or self._hosts.setdefault(record.url, urlsplit(record.url).netloc)
-        request = passage.request
-        head = headers.request_head(passage.method, passage.target, host, request.passed, len(passage.body))
         for fresh in (False, True):
-            connection = await self._pool.connect(record.url, fresh=fresh)
+            connection = sent or await self._pool.connect(record.url, fresh=fresh)
             try:
-                passage.travels_by(connection)
-                connection.send(head, passage.body)
+                if sent is None:
+                    passage.travels_by(connection)
+                    connection.send(self._request_head(passage, record), passage.body)
                 reply = await connection.reply()
                 await self._pass_on(passage, record, connection, reply, send)
                 return
             except Died as error:
                 if fresh or not connection.reused or error.got_bytes or record.suspect:
                     raise
+                sent = None
             finally:
                 self._pool.release(connection)
 
@@ -354,12 +438,6 @@ class Proxy:
 
         self._loop.call_later(self._settings.abort_grace_s, take)
 
-    def _forget(self, passage: Passage, record: EngineRecord) -> None:
-        passages = self._passages[record]
-        passages.discard(passage)
-        if not passages and record.leaving:
-            del self._passages[record]
-
     @property
     def in_flight(self) -> int:
         """Requests that are with an engine."""
@@ -371,6 +449,13 @@ def _is_passed_through(path: str) -> bool:
     if path == "/generate":
         return True
     return path.startswith("/v1/") and ".." not in path.split("/") and "\\" not in path
+
+
+def _is_passed_through_plainly(target: bytes) -> bool:
+    """The same of a target that needs no decoding and names no way out; others are looked at by a task."""
+    if target == b"/generate":
+        return True
+    return target.startswith(b"/v1/") and b".." not in target and b"%" not in target and b"\\" not in target
 
 
 async def _read_body(receive: Receive, limit: int) -> bytes | None:

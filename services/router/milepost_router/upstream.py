@@ -8,6 +8,11 @@
 
 An event stream's `reply()` is there with its head. Of any other reply its user wants the whole body before
 anything else: `reply()` waits for it too, up to `WHOLE_BYTES`, so that a reply in many pieces wakes once.
+Who has no task to wait in asks to be called instead (`when_replied`), and may then take the body as it lies
+in the pool's one receive buffer, where a reply that came in one piece is parsed in place:
+
+    read ──> head parser ──> one whole reply of known length ──> the call, body by reference
+                  └──────── anything else: read again by the full parser, body copied piece by piece
 
 A connection carries one exchange at a time and belongs to whoever has it from the pool. `abort(error)` ends
 the exchange from outside (deadline, client gone, engine given up): whoever waits gets that error, and the
@@ -19,8 +24,10 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import cast
 from urllib.parse import urlsplit
 
@@ -29,6 +36,8 @@ import httptools
 from milepost_common import peers
 
 HIGH_WATER = 256 * 1024
+INTAKE_BYTES = 256 * 1024
+"""Of the buffer that all connections of a pool read into."""
 WHOLE_BYTES = 8 * 1024 * 1024
 """Replies up to this size, event streams apart, are read whole."""
 KEEP_IDLE_S = 4.0
@@ -87,16 +96,46 @@ class Reply:
         return self.header(b"content-type").startswith(b"text/event-stream")
 
 
-class Connection(asyncio.Protocol):
-    """One connection to an engine; httptools calls the `on_*` methods."""
+class Intake:
+    """The memory that connections are read into in turns: what is there is good until the next read.
 
-    def __init__(self, origin: str, forget: Callable[[Connection], None]) -> None:
+    Attributes:
+      memory: to read into.
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Takes other memory: somebody still reads from the old one."""
+        self.memory = bytearray(INTAKE_BYTES)
+        self.view = memoryview(self.memory)
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One connection to an engine; httptools calls the `on_*` methods.
+
+    Attributes:
+      origin: of the engine.
+      reused: a request was sent over it before.
+      idle_since: nobody uses it since then; None: somebody does.
+      complete: the whole reply is there.
+    """
+
+    def __init__(self, origin: str, intake: Intake, forget: Callable[[Connection], None]) -> None:
         self.origin = origin
         self.reused = False
         self.idle_since: float | None = None
+        self._intake = intake
         self._forget = forget
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._heads = SimpleNamespace(  # without on_body: the parser copies no bodies
+            on_header=self.on_header,
+            on_headers_complete=self.on_headers_complete,
+            on_message_complete=self.on_message_complete,
+        )
+        self._head_parser = httptools.HttpResponseParser(self._heads)
+        self._full_parser: httptools.HttpResponseParser | None = None
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._error: UpstreamError | None = None
@@ -105,11 +144,13 @@ class Connection(asyncio.Protocol):
     def _begin(self) -> None:
         self._headers: RawHeaders = []
         self._reply: Reply | None = None
-        self._chunks: deque[bytes] = deque()
+        self._call: Callable[[], None] | None = None
+        self._chunks: deque[bytes | memoryview] = deque()
         self._unread = 0
         self._high_water = HIGH_WATER
         self._gathers = False
-        self._complete = False
+        self._heads_only = True
+        self.complete = False
         self._keep_alive = False
         self._got_bytes = False
         self._reading = True
@@ -131,13 +172,27 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.writelines((head, body))
 
+    def when_replied(self, call: Callable[[], None]) -> None:
+        """Calls once when `reply()` would wait no more, in place of a task that waits for it."""
+        self._call = call
+
+    @property
+    def whole_reply(self) -> Reply | None:
+        """The reply, where all of it is there and the exchange is well."""
+        return self._reply if self.complete and self._error is None else None
+
+    def take_body(self) -> Sequence[bytes | memoryview]:
+        """What is there of the body; good until the call that `when_replied` asked for returns."""
+        pieces, self._chunks = self._chunks, deque()
+        return pieces
+
     async def reply(self) -> Reply:
         """The head of the reply, once it is there; of one that is no event stream the body is there too.
 
         Raises:
           UpstreamError: Died, Rubbish, or what `abort` was given.
         """
-        while self._reply is None or (self._gathers and not self._complete):
+        while self._reply is None or (self._gathers and not self.complete):
             if self._error is not None:
                 raise self._error
             await self._wait()
@@ -150,12 +205,12 @@ class Connection(asyncio.Protocol):
           UpstreamError: as `reply`.
         """
         while not self._chunks:
-            if self._complete:
+            if self.complete:
                 return b""
             if self._error is not None:
                 raise self._error
             await self._wait()
-        pieces = b"".join(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
+        pieces = b"".join(self._chunks) if len(self._chunks) > 1 else bytes(self._chunks[0])
         self._chunks.clear()
         self._unread = 0
         if not self._reading and self._transport is not None and not self._transport.is_closing():
@@ -191,7 +246,7 @@ class Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """The exchange is over and the engine keeps the connection."""
-        return self._complete and self._keep_alive and not self._chunks and self.open
+        return self.complete and self._keep_alive and not self._chunks and self.open
 
     def rest(self) -> None:
         """Nobody uses it from now on."""
@@ -208,17 +263,50 @@ class Connection(asyncio.Protocol):
         """The connection stands."""
         self._transport = cast(asyncio.Transport, transport)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """Where to read to."""
+        del sizehint
+        return self._intake.memory
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Bytes came."""
         if self.idle_since is not None:
             self.abort(Rubbish("bytes came without a request"))
             return
-        self._got_bytes = True
+        first, self._got_bytes = not self._got_bytes, True
+        data = self._intake.view[:nbytes]
         try:
-            self._parser.feed_data(data)
+            if not (first and self._takes_whole(data)):
+                self._take_piece(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.abort(Rubbish(f"not an HTTP reply: {error}", got_bytes=True))
-            return
+
+    def _takes_whole(self, data: memoryview) -> bool:
+        """The first bytes are one whole reply: it is told of, and stays where it is meanwhile."""
+        with suppress(
+            httptools.HttpParserError, httptools.HttpParserUpgrade
+        ):  # the other parser says so again
+            self._head_parser.feed_data(data)
+        if not (self.complete and self._gathers):
+            return False
+        start = self._intake.memory.find(b"\r\n\r\n", 0, len(data)) + 4
+        body = data[start:]
+        if self._reply is None or self._reply.header(b"content-length") != b"%d" % len(body):
+            return False
+        self._chunks.append(body)
+        self._wake()
+        if self._chunks:
+            self._chunks[0] = bytes(body)
+        return True
+
+    def _take_piece(self, data: memoryview) -> None:
+        """Any other bytes: they are parsed from the start of the reply, and pieces of the body are kept."""
+        if self._full_parser is None or self._heads_only:
+            self._heads_only = False
+            self._full_parser = httptools.HttpResponseParser(self)
+            self._headers, self._reply, self._gathers, self.complete = [], None, False, False
+            self._head_parser = httptools.HttpResponseParser(self._heads)
+        self._full_parser.feed_data(data)
         if self._unread > self._high_water and self._reading and self._transport is not None:
             self._gathers, self._reading = False, False
             self._high_water = HIGH_WATER
@@ -227,8 +315,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
-        if self._reply is not None and not self._complete and exc is None and self._ends_with_connection():
-            self._complete = True
+        if self._reply is not None and not self.complete and exc is None and self._ends_with_connection():
+            self.complete = True
         if self._error is None:
             why = f": {exc}" if exc else ""
             self._error = Died(f"the engine closed the connection{why}", got_bytes=self._got_bytes)
@@ -247,13 +335,14 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """The head is there."""
-        status = self._parser.get_status_code()
+        parser = self._head_parser if self._heads_only else self._full_parser
+        status = cast(httptools.HttpResponseParser, parser).get_status_code()
         if status >= 200:
             self._reply = Reply(status, self._headers)
             self._gathers = not self._reply.streams
             if self._gathers:
                 self._high_water = WHOLE_BYTES
-            else:
+            elif not self._heads_only:
                 self._wake()
 
     def on_body(self, data: bytes) -> None:
@@ -268,9 +357,11 @@ class Connection(asyncio.Protocol):
         if self._reply is None:
             self._headers = []
             return
-        self._complete = True
-        self._keep_alive = self._parser.should_keep_alive()
-        self._wake()
+        parser = self._head_parser if self._heads_only else self._full_parser
+        self.complete = True
+        self._keep_alive = cast(httptools.HttpResponseParser, parser).should_keep_alive()
+        if not self._heads_only:
+            self._wake()
 
     # ------------------------------------------------------------------------------------ within
 
@@ -282,7 +373,10 @@ class Connection(asyncio.Protocol):
             self._waiter = None
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        call, self._call = self._call, None
+        if call is not None:
+            call()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
@@ -292,6 +386,9 @@ class Pool:
     Args:
       connect_timeout_s: to make a connection.
       on_idle_close: called with the origin when an engine closes an idle connection before its time.
+
+    Attributes:
+      intake: what its connections are read into.
     """
 
     def __init__(
@@ -300,6 +397,7 @@ class Pool:
         self._connect_timeout_s = connect_timeout_s
         self._on_idle_close = on_idle_close
         self._idle: dict[str, list[Connection]] = {}
+        self.intake = Intake()
         self._all: set[Connection] = set()
         self._tls = ssl.create_default_context()
 
@@ -309,8 +407,13 @@ class Pool:
         Raises:
           Refused: nobody listens there, or not within the time.
         """
+        kept = None if fresh else self.idle(origin)
+        return kept or await self._open(origin)
+
+    def idle(self, origin: str) -> Connection | None:
+        """An idle connection, if there is one."""
         idle = self._idle.get(origin)
-        while idle and not fresh:
+        while idle:
             connection = idle.pop()
             young = connection.idle_s < KEEP_IDLE_S
             connection.idle_since = None
@@ -318,7 +421,7 @@ class Pool:
                 connection.reused = True
                 return connection
             connection.abort(GaveUp("idle for too long"))
-        return await self._open(origin)
+        return None
 
     async def _open(self, origin: str) -> Connection:
         url = urlsplit(origin)
@@ -328,7 +431,7 @@ class Pool:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await loop.create_connection(
-                    lambda: Connection(origin, self._forget), url.hostname or "", port, ssl=tls
+                    lambda: Connection(origin, self.intake, self._forget), url.hostname or "", port, ssl=tls
                 )
         except TimeoutError:
             message = f"{origin}: no connection within {self._connect_timeout_s:g} s"

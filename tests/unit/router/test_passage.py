@@ -6,12 +6,12 @@ import asyncio
 
 from milepost import errors
 from milepost_router import headers
-from milepost_router.passage import Passage
+from milepost_router.passage import Deadlines, Passage
 from milepost_router.record import EngineRecord
 
 
 def passage(deadline_s: float) -> Passage:
-    return Passage(headers.read([]), "POST", b"/generate", b"", deadline_s=deadline_s)
+    return Passage(headers.read([]), b"POST", b"/generate", b"", deadline_s=deadline_s, deadlines=Deadlines())
 
 
 async def over(made: Passage) -> None:
