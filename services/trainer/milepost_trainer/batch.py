@@ -11,9 +11,9 @@ only the tokens before its last predicted one reach the model at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from milepost_trainer.layout import PackedLayout
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,14 @@ class MicroBatch:
         """T, the tokens that go through the model."""
         return int(self.input_ids.shape[1])
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device; from pinned memory the copies do not wait."""
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """The same in pinned memory of the host."""
+        return _each_tensor(self, lambda tensor: tensor.pin_memory())
+
 
 @dataclass(frozen=True)
 class SequenceBatch:
@@ -101,6 +110,8 @@ class SequenceBatch:
         predicted: int64 [S] tokens with loss.
         temperatures: float32 [S], 1 where sampling was greedy.
         advantages: float32 [S].
+        proximal: float32 [N] log-probs under the policy at the start of the step, 0 where nothing is
+            predicted; None where they are not known.
     """
 
     tokens: NDArray[np.int32]
@@ -112,6 +123,7 @@ class SequenceBatch:
     predicted: IntArray
     temperatures: FloatArray
     advantages: FloatArray
+    proximal: FloatArray | None = None
     _uniform: bool = field(default=True, repr=False)
 
     @classmethod
@@ -154,6 +166,15 @@ class SequenceBatch:
         """S."""
         return int(self.lengths.shape[0])
 
+    def targets(self, indexes: Sequence[int]) -> IntArray:
+        """int64 [M]: where the predicted tokens of ``micro_batch(indexes)`` stand among the N tokens."""
+        chosen = self._chosen(indexes)
+        fed_after_first = _ranges(self.starts[chosen] + 1, self.fed[chosen])
+        return fed_after_first[self.loss_mask[fed_after_first]]
+
+    def _chosen(self, indexes: Sequence[int]) -> IntArray:
+        return np.array([i for i in indexes if self.fed[i] > 0], dtype=np.int64)
+
     def micro_batch(
         self, indexes: Sequence[int], *, token_weights: FloatArray, device: torch.device | None = None
     ) -> MicroBatch:
@@ -168,7 +189,7 @@ class SequenceBatch:
         Returns:
             The packed micro-batch.
         """
-        chosen = np.array([i for i in indexes if self.fed[i] > 0], dtype=np.int64)
+        chosen = self._chosen(indexes)
         if chosen.size == 0:
             return dummy_batch(device)
         fed = self.fed[chosen]
@@ -193,7 +214,24 @@ class SequenceBatch:
             old_logprobs=tensor(self.logprobs[target_at], torch.float32),
             advantages=tensor(self.advantages[owner], torch.float32),
             weights=tensor(token_weights[owner], torch.float32),
+            proximal_logprobs=None
+            if self.proximal is None
+            else tensor(self.proximal[target_at], torch.float32),
         )
+
+
+def _each_tensor(value: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
+    """A copy of a frozen dataclass with all tensors in it changed, those in its fields' own fields too."""
+
+    def changed(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            return change(item)
+        if isinstance(item, tuple):
+            return tuple(changed(each) for each in cast(tuple[Any, ...], item))
+        return _each_tensor(item, change) if is_dataclass(item) else item
+
+    made: Any = value
+    return replace(made, **{each.name: changed(getattr(made, each.name)) for each in fields(made)})
 
 
 def _check(index: int, item: TrainSequence) -> None:

@@ -4,7 +4,7 @@
 
     rank 0's event loop       gRPC, decisions
     other ranks' event loop   follow() until "stop"
-    each rank's event loop    fetching its own payloads
+    each rank's event loop    fetching its own payloads; decoding and packing them on a thread beside
     each rank's torch thread  everything that is collective; one thread
 
 Commands are the only way to the model, so collectives meet in one order on all ranks. A rank that fails ends
@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from milepost_trainer.learner import Learner, TrainGroup
+from milepost.types import GroupPayload
+from milepost_trainer.learner import Learner
 from milepost_trainer.payloads import read_payloads, to_train_group, write_transcripts
 from milepost_trainer.plan import StepPlan
+from milepost_trainer.prepare import PreparedStep
 from milepost_trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,38 @@ class StepOrder:
     transcripts: str = ""
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A step that a rank has fetched and packed.
+
+    Attributes:
+        payloads: prompt_id -> what was fetched, where transcripts are wanted; else empty.
+        prepared: the rank's share, packed.
+        fetch_s: wall seconds that fetching took.
+        pack_s: wall seconds that decoding and packing took.
+    """
+
+    payloads: Mapping[str, GroupPayload]
+    prepared: PreparedStep
+    fetch_s: float
+    pack_s: float
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """A step that was begun.
+
+    Attributes:
+        refused: prompt_id -> why, on rank 0, of the groups that were left out; elsewhere empty.
+        fetch_s: of this rank, see ``Ready``.
+        pack_s: of this rank, see ``Ready``.
+    """
+
+    refused: Mapping[str, str]
+    fetch_s: float = 0.0
+    pack_s: float = 0.0
+
+
 class Rank:
     """One rank's side of the commands.
 
@@ -63,7 +98,7 @@ class Rank:
         self._fetch = fetch
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
         self._orders: dict[int, StepOrder] = {}
-        self._fetched: dict[int, asyncio.Task[dict[str, bytes]]] = {}
+        self._fetched: dict[int, asyncio.Task[Ready]] = {}
 
     async def follow(self) -> None:
         """Do what rank 0 says until it says stop."""
@@ -120,33 +155,42 @@ class Rank:
         if earlier is not None:
             earlier.cancel()
         self._orders[step] = order
-        mine = order.plan.prompt_ids_of(self.world.rank)
-        self._fetched[step] = asyncio.create_task(self._bring(mine), name=f"fetch step {step}")
+        self._fetched[step] = asyncio.create_task(self._make_ready(order), name=f"fetch step {step}")
 
-    async def _bring(self, prompt_ids: Sequence[str]) -> dict[str, bytes]:
-        return await self._fetch(prompt_ids) if prompt_ids else {}
+    async def _make_ready(self, order: StepOrder) -> Ready:
+        """Fetch and pack a step beside whatever the torch thread does."""
+        prompt_ids = order.plan.prompt_ids_of(self.world.rank)
+        begun = time.monotonic()
+        raw = await self._fetch(prompt_ids) if prompt_ids else {}
+        fetched = time.monotonic()
+        payloads, prepared = await asyncio.to_thread(self._pack, order, raw)
+        return Ready(payloads, prepared, fetch_s=fetched - begun, pack_s=time.monotonic() - fetched)
 
-    async def _start_step(self, step: int) -> dict[str, str]:
-        """Wait for the payloads and pack them; returns (on rank 0) the groups that were left out, and why."""
+    def _pack(self, order: StepOrder, raw: dict[str, bytes]) -> tuple[dict[str, GroupPayload], PreparedStep]:
+        payloads = read_payloads(raw)
+        groups = {
+            prompt_id: to_train_group(payload, default_temperature=order.default_temperature)
+            for prompt_id, payload in payloads.items()
+        }
+        return payloads if order.transcripts else {}, self.learner.prepare(order.plan, groups)
+
+    async def _start_step(self, step: int) -> StepStart:
+        """Wait until the step is ready, and begin it."""
         order, task = self._orders.pop(step), self._fetched.pop(step)
         await asyncio.wait([task])
         failure = task.exception()
         if await self.on_thread(lambda: self.world.any_failed(failure is not None)):
             raise failure or RuntimeError(f"another rank could not fetch its groups of step {step}")
-        return await self.on_thread(lambda: self._pack(order, task.result()))
+        return await self.on_thread(lambda: self._begin(order, task.result()))
 
-    def _pack(self, order: StepOrder, raw: dict[str, bytes]) -> dict[str, str]:
-        payloads = read_payloads(raw)
-        groups: dict[str, TrainGroup] = {
-            prompt_id: to_train_group(payload, default_temperature=order.default_temperature)
-            for prompt_id, payload in payloads.items()
-        }
-        refused = self.learner.start_step(order.plan, groups)
+    def _begin(self, order: StepOrder, ready: Ready) -> StepStart:
+        refused = self.learner.begin_step(ready.prepared)
         if order.transcripts:
             suffix = f".rank_{self.world.rank}" if self.world.size > 1 else ""
             path = Path(order.transcripts) / f"step_{order.plan.step:08d}{suffix}.jsonl"
-            write_transcripts(path, step=order.plan.step, payloads=payloads.values())
-        return {prompt_id: why for part in self.world.gather(refused) for prompt_id, why in part.items()}
+            write_transcripts(path, step=order.plan.step, payloads=ready.payloads.values())
+        every = {prompt_id: why for part in self.world.gather(refused) for prompt_id, why in part.items()}
+        return StepStart(every, fetch_s=ready.fetch_s, pack_s=ready.pack_s)
 
 
 class Crew:

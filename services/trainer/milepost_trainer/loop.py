@@ -18,60 +18,36 @@ silent: the publisher keeps quiet below the label that was published before the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from milepost import types as t
 from milepost.errors import FailedPrecondition, OutOfRange, StaleTerm
 from milepost_common.telemetry import logs, tracing
-from milepost_trainer.crew import Crew, StepOrder
+from milepost_trainer.crew import Crew, StepOrder, StepStart
 from milepost_trainer.learner import UpdateReport
 from milepost_trainer.ledger import Ledger
 from milepost_trainer.meters import StepMeter
-from milepost_trainer.metrics import StepTimes, step_metrics
+from milepost_trainer.metrics import shortage_notes, step_metrics
 from milepost_trainer.plan import GroupInfo, plan_step
 from milepost_trainer.publisher import Published, Publisher
 from milepost_trainer.recorder import Recorder
 from milepost_trainer.saver import Saver, export_dir
 from milepost_trainer.settings import TrainerSettings
+from milepost_trainer.shortage import Shortage
 from milepost_trainer.spans import StepTrace, tracing_step
 from milepost_trainer.status import TrainerState
+from milepost_trainer.timing import StepClock
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _BREATH_S = 0.01
 _ON_GAP = {"fail": t.OnGap.FAIL, "regenerate": t.OnGap.REGENERATE, "drop": t.OnGap.DROP}
-
-
-@dataclass
-class _Clock:
-    """Wall seconds spent by part within one step."""
-
-    started: float = field(default_factory=time.monotonic)
-    spent: dict[str, float] = field(default_factory=dict[str, float])
-
-    @contextlib.contextmanager
-    def timing(self, part: str) -> Generator[None]:
-        """Add the time of a block to a part."""
-        begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self.spent[part] = self.spent.get(part, 0.0) + time.monotonic() - begun
-
-    def read(self) -> StepTimes:
-        """The times so far."""
-        parts = {
-            f"{part}_s": self.spent.get(part, 0.0) for part in ("wait", "train", "publish", "checkpoint")
-        }
-        return StepTimes(**parts, step_s=time.monotonic() - self.started)
 
 
 class StepLoop:
@@ -116,7 +92,8 @@ class StepLoop:
         self._poison_step = 0  # was resumed again and again without a commit; 0: none
         self._leases: dict[int, asyncio.Task[t.StepLease]] = {}
         self._run: t.RunConfig = t.RunConfig()
-        self._clock = _Clock()
+        self._clock = StepClock()
+        self._max_tokens = settings.max_tokens_per_micro_batch  # less, once some rank ran out of memory
         self.meter = StepMeter()
 
     # ------------------------------------------------------------------ resume
@@ -158,7 +135,7 @@ class StepLoop:
         try:
             while not (finished := self._reached_the_end()) and await self._may_start():
                 step = self._state.step + 1
-                self._clock = _Clock()
+                self._clock = StepClock()
                 lease = await self._await_lease(step)
                 if lease is None or not await self._may_start():
                     break
@@ -219,7 +196,7 @@ class StepLoop:
             [GroupInfo(group.prompt_id, group.num_tokens) for group in lease.groups],
             num_ranks=self._world_size,
             updates=self._settings.updates_per_step,
-            max_tokens=self._settings.max_tokens_per_micro_batch,
+            max_tokens=self._max_tokens,
         )
         sampling = self._run.sampling
         temperature = sampling.temperature if sampling and sampling.temperature is not None else 1.0
@@ -291,11 +268,9 @@ class StepLoop:
             self._publisher.moved_to(step, due=True)
             await self._save()
             return
-        with self._clock.timing("wait"):
-            refused: dict[str, str] = await self._crew.call("start_step", step)
-        with self._clock.timing("train"):
-            updates = await self._make_updates(step, lease)
-        await self._commit(step, lease, refused)
+        refused = await self._start(step)
+        updates = await self._make_updates(step, lease)
+        await self._commit(step, lease, refused, updates=updates)
         trace.committed(refused)
         every = self._run.publish_every or 1
         self._publisher.moved_to(step, due=step % every == 0)
@@ -306,23 +281,50 @@ class StepLoop:
                 await self._save()
         self._report(step, lease.groups, updates, dropped=len(refused))
 
+    async def _start(self, step: int) -> Mapping[str, str]:
+        """Wait for the step's data; returns the groups that are left out, each with the reason."""
+        with self._clock.timing("wait"):
+            start: StepStart = await self._crew.call("start_step", step)
+        self._clock.add("fetch", start.fetch_s)
+        self._clock.add("pack", start.pack_s)
+        return start.refused
+
     async def _make_updates(self, step: int, lease: t.StepLease) -> list[UpdateReport]:
         count = min(self._settings.updates_per_step, len(lease.groups))
         reports: list[UpdateReport] = []
         for update in range(count):
-            num_micro_batches: int = await self._crew.call("start_update", update)
-            for index in range(num_micro_batches):
-                if update == 0 and index > 0:
-                    await self._publish()
-                await self._crew.call("train_micro_batch", index)
-            report: UpdateReport = await self._crew.call("finish_update")
+            while not await self._gather_gradients(step, update):
+                pass
+            with self._clock.timing("optimizer"):
+                report: UpdateReport = await self._crew.call("finish_update")
             if report.skipped:
                 log.warning("step %d: gradient norm %s: update skipped", step, report.grad_norm)
+            self._max_tokens = min(self._max_tokens, report.max_tokens)
             reports.append(report)
         return reports
 
+    async def _gather_gradients(self, step: int, update: int) -> bool:
+        """All micro-batches of an update; False where a rank had no memory for one, and all begin again."""
+        num_micro_batches: int = await self._crew.call("start_update", update)
+        for index in range(num_micro_batches):
+            if update == 0 and index > 0:
+                with self._clock.timing("publish"):
+                    await self._publish()
+            with self._clock.timing("forward_backward"):
+                short: Shortage | None = await self._crew.call("train_micro_batch", index)
+            if short is not None:
+                log.warning("step %d is begun again: %s", step, short)
+                return False
+        return True
+
     async def _commit(
-        self, step: int, lease: t.StepLease, refused: dict[str, str], *, poison: bool = False
+        self,
+        step: int,
+        lease: t.StepLease,
+        refused: Mapping[str, str],
+        *,
+        poison: bool = False,
+        updates: Sequence[UpdateReport] = (),
     ) -> None:
         for prompt_id, why in refused.items():
             log.warning("step %d leaves group %s out: %s", step, prompt_id, why)
@@ -335,7 +337,7 @@ class StepLoop:
             dropped=tuple(t.DroppedGroup(prompt_id=p, reason=reason) for p in left_out),
         )
         await self._ledger.commit(entry)
-        self._recorder.write_commit(entry, term=self._state.term)
+        self._recorder.write_commit(entry, term=self._state.term, notes=shortage_notes(updates))
         self._state.step = step
 
     def _report(

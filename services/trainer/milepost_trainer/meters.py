@@ -57,6 +57,12 @@ STEP = (
     ),
     _step("train/lr-pg_0", "learning rate of the last update"),
     _step(
+        "train/oom_retries",
+        "how often part of the step was begun again because a rank ran out of memory",
+        unit="retry",
+        when_bad="once is enough to find a size that fits; step after step: lower max_tokens_per_micro_batch",
+    ),
+    _step(
         "rollout/raw_reward",
         "mean reward of the samples trained on",
         when_bad="flat: is the reward ever met, does it differ within groups?",
@@ -70,12 +76,21 @@ STEP = (
     _step("rollout/total_lengths", "tokens of a sample, prompt included, mean", unit="token"),
     _step("perf/step_time", "from the end of the step before to the end of this one", unit="s"),
     _step("perf/train_time", "forward, backward and optimizer", unit="s"),
+    _step("perf/forward_backward_time", "forward and backward passes", unit="s"),
+    _step("perf/optimizer_time", "clipping and moving the parameters", unit="s"),
     _step(
         "perf/train_wait_time",
-        "waiting for the step's groups and fetching them",
+        "waiting for the step's groups, their payloads and their packing",
         unit="s",
         when_bad="most of step_time: rollouts are the slow side, add engines or raise max_staleness",
     ),
+    _step(
+        "perf/data_fetch_time",
+        "fetching payloads, with prefetch beside the step before",
+        unit="s",
+        when_bad="above step_time: the buffer's network is the slow side",
+    ),
+    _step("perf/data_preprocess_time", "decoding and packing them, likewise", unit="s"),
     _step("perf/wait_time_ratio", "share of the step that was waiting"),
     _step(
         "perf/update_weights_time",
@@ -84,6 +99,13 @@ STEP = (
         when_bad="see milepost_transaction_seconds for the phase that is slow",
     ),
     _step("perf/save_model_time", "saving a checkpoint", unit="s"),
+    _step("perf/offload_time", "bringing state to the host and back, with trainer.offload", unit="s"),
+    _step(
+        "perf/max_memory_allocated_gb",
+        "most memory that a rank held at once in the step: of its device, or of its process on the CPU",
+        unit="GB",
+        when_bad="near the device's: max_tokens_per_micro_batch, activation checkpointing, trainer.offload",
+    ),
     _step("perf/actor_train_tok_per_s", "tokens of samples by train_time", unit="token/s"),
     _step("milepost/step_tokens_per_s", "tokens of samples by step_time: all in all", unit="token/s"),
     _step("milepost/step_staleness_mean", "staleness of the step's groups, mean", unit="step"),
@@ -99,6 +121,11 @@ STEP = (
     _step("milepost/step_tokens", "predicted tokens, those with loss", unit="token"),
     _step("milepost/step_sample_tokens", "all tokens of the samples", unit="token"),
     _step("milepost/step_micro_batches", "forward and backward passes of a rank", unit="pass"),
+    _step(
+        "milepost/step_micro_batch_tokens",
+        "most tokens that a micro-batch may hold; halved by each retry",
+        unit="token",
+    ),
     _step("milepost/step_updates", "optimizer updates", unit="update"),
     _step(
         "milepost/step_skipped_updates",

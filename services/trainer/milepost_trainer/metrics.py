@@ -1,38 +1,19 @@
 """The metrics of a step, from what the loop measured and what the learner reports. Pure functions.
 
 One vocabulary for metrics.jsonl, TensorBoard, WatchSteps and Prometheus; `meters.STEP` says what each name
-means. Times are wall seconds.
+means. Times are wall seconds of rank 0, memory is that of the rank with most.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from milepost.types import StepGroup
 from milepost_trainer.learner import UpdateReport
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Wall seconds of one step.
-
-    Attributes:
-        wait_s: blocked in LeaseStep and fetching.
-        train_s: forward, backward and optimizer.
-        publish_s: giving weights to engines.
-        checkpoint_s: saving.
-        step_s: from the end of the step before to the end of this one.
-    """
-
-    wait_s: float
-    train_s: float
-    publish_s: float
-    checkpoint_s: float
-    step_s: float
+from milepost_trainer.timing import StepTimes
 
 
 def step_metrics(
@@ -57,6 +38,7 @@ def step_metrics(
         "train/loss": sum(update.loss for update in updates) / len(updates),
         "train/grad_norm": _finite(max(update.grad_norm for update in updates)),
         "train/lr-pg_0": updates[-1].learning_rate,
+        "train/oom_retries": sum(update.oom_retries for update in updates),
         **{f"train/{name}": value for name, value in _token_means(updates, tokens).items()},
         "rollout/raw_reward": float(rewards.mean()) if rewards.size else None,
         "rollout/raw_reward_std": float(rewards.std()) if rewards.size else None,
@@ -64,10 +46,16 @@ def step_metrics(
         "rollout/total_lengths": sample_tokens / samples,
         "perf/step_time": times.step_s,
         "perf/train_time": times.train_s,
+        "perf/forward_backward_time": times.forward_backward_s,
+        "perf/optimizer_time": times.optimizer_s,
         "perf/train_wait_time": times.wait_s,
+        "perf/data_fetch_time": times.fetch_s,
+        "perf/data_preprocess_time": times.pack_s,
         "perf/wait_time_ratio": _rate(times.wait_s, times.step_s),
         "perf/update_weights_time": times.publish_s,
         "perf/save_model_time": times.checkpoint_s,
+        "perf/offload_time": times.rest_s,
+        "perf/max_memory_allocated_gb": max(update.peak_bytes for update in updates) / 1e9,
         "perf/actor_train_tok_per_s": _rate(sample_tokens, times.train_s),
         "milepost/step_tokens_per_s": _rate(sample_tokens, times.step_s),
         "milepost/step_staleness_mean": sum(staleness) / len(staleness),
@@ -77,6 +65,7 @@ def step_metrics(
         "milepost/step_tokens": tokens,
         "milepost/step_sample_tokens": sample_tokens,
         "milepost/step_micro_batches": sum(update.num_micro_batches for update in updates),
+        "milepost/step_micro_batch_tokens": updates[-1].max_tokens,
         "milepost/step_updates": len(updates),
         "milepost/step_skipped_updates": sum(update.skipped for update in updates),
         "milepost/step_dropped_groups": dropped,
@@ -84,6 +73,12 @@ def step_metrics(
         "milepost/step_term": term,
         "milepost/step_replayed": float(replayed),
     }
+
+
+def shortage_notes(updates: Sequence[UpdateReport]) -> dict[str, int]:
+    """What the step log says of a step in which a rank ran out of memory; nothing of any other."""
+    retries = sum(update.oom_retries for update in updates)
+    return {"oom_retries": retries, "micro_batch_tokens": updates[-1].max_tokens} if retries else {}
 
 
 def _token_means(updates: Sequence[UpdateReport], tokens: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from milepost.convert import open_group
 from milepost.types import GroupPayload, Prompt, Sample
 from milepost_trainer.batch import TrainSequence
-from milepost_trainer.learner import TrainGroup
+from milepost_trainer.prepare import TrainGroup
 
 
 def read_payloads(payloads: Mapping[str, bytes]) -> dict[str, GroupPayload]:

@@ -9,7 +9,7 @@ replayed step is planned as it was the first time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from milepost_trainer.packing import Bins, PackingPlan, assign_groups, pack_ranks
@@ -49,16 +49,31 @@ class StepPlan:
         step: its number.
         infos: its groups, in lease order.
         updates: its optimizer updates; at least one.
+        max_tokens: budget of a micro-batch that they were packed with.
     """
 
     step: int
     infos: tuple[GroupInfo, ...]
     updates: tuple[UpdatePlan, ...]
+    max_tokens: int
 
     def prompt_ids_of(self, rank: int) -> tuple[str, ...]:
         """The groups that a rank fetches, in the order of its updates."""
         return tuple(
             self.infos[position].prompt_id for update in self.updates for position in update.groups[rank]
+        )
+
+    def sequences_of(self, update: int, rank: int) -> list[tuple[str, int, int]]:
+        """(prompt id, sample, tokens) of what a rank trains in an update, as its packing counts them."""
+        owned = (self.infos[position] for position in self.updates[update].groups[rank])
+        return [(info.prompt_id, i, n) for info in owned for i, n in enumerate(info.num_tokens)]
+
+    def with_budget(self, max_tokens: int) -> StepPlan:
+        """The same updates and ranks, packed anew into micro-batches of at most so many tokens."""
+        return replace(
+            self,
+            updates=tuple(_packed(self.infos, update.groups, max_tokens) for update in self.updates),
+            max_tokens=max_tokens,
         )
 
 
@@ -92,11 +107,15 @@ def plan_step(
         updates=tuple(
             _plan_update(infos, range(low, high), num_ranks, max_tokens) for low, high in pairwise(bounds)
         ),
+        max_tokens=max_tokens,
     )
 
 
 def _plan_update(infos: Sequence[GroupInfo], positions: range, num_ranks: int, max_tokens: int) -> UpdatePlan:
     dealt = assign_groups([sum(infos[p].num_tokens) for p in positions], num_ranks=num_ranks)
-    groups = tuple(tuple(positions[i] for i in own) for own in dealt)
+    return _packed(infos, tuple(tuple(positions[i] for i in own) for own in dealt), max_tokens)
+
+
+def _packed(infos: Sequence[GroupInfo], groups: Bins, max_tokens: int) -> UpdatePlan:
     lengths = [[n for p in own for n in infos[p].num_tokens] for own in groups]
     return UpdatePlan(groups=groups, packing=pack_ranks(lengths, max_tokens=max_tokens))

@@ -45,9 +45,9 @@ class Recorder:
         if self._board is not None:
             self._board.close()
 
-    def write_commit(self, entry: StepManifest, *, term: int) -> None:
-        """Note which groups a step took."""
-        self._steps.append(manifest_to_json(entry) | {"term": term})
+    def write_commit(self, entry: StepManifest, *, term: int, notes: Mapping[str, int] | None = None) -> None:
+        """Note which groups a step took, and what else is worth remembering of it."""
+        self._steps.append(manifest_to_json(entry) | {"term": term} | dict(notes or {}))
 
     def write_metrics(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Note how a step went."""

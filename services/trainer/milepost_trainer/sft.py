@@ -96,9 +96,7 @@ def train_batch(
     )
     groups = {str(i): TrainGroup(np.ones(1), (sequence,)) for i, sequence in enumerate(batch)}
     learner.start_step(plan, {name: groups[name] for name in plan.prompt_ids_of(world.rank)})
-    for index in range(learner.start_update(0)):
-        learner.train_micro_batch(index)
-    return learner.finish_update()
+    return learner.make_update(0)
 
 
 def shuffled_batches(count: int, *, size: int, seed: int) -> Iterator[NDArray[np.int64]]:

@@ -67,6 +67,14 @@ class World:
         dist.gather_object(value, box, dst=0, group=self.control)
         return box or []
 
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's small object, in rank order, on every rank."""
+        if self.control is None:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
+
     def any_failed(self, failed: bool) -> bool:
         """True when any rank says so: ranks decide alike, and none waits for one that gave up."""
         return self.sum([float(failed)])[0] > 0

@@ -68,9 +68,7 @@ def train(learner: Learner, settings: TrainerSettings, job: dict[str, Any], worl
         mine = {name: groups[name] for name in plan.prompt_ids_of(world.rank)}
         assert not learner.start_step(plan, mine)
         for update in range(len(plan.updates)):
-            for index in range(learner.start_update(update)):
-                learner.train_micro_batch(index)
-            report = learner.finish_update()
+            report = learner.make_update(update)
             reports.append(
                 {
                     "loss": report.loss,
@@ -79,6 +77,8 @@ def train(learner: Learner, settings: TrainerSettings, job: dict[str, Any], worl
                     "tokens": report.num_tokens,
                     "micro_batches": report.num_micro_batches,
                     "means": dict(report.means),
+                    "oom_retries": report.oom_retries,
+                    "max_tokens": report.max_tokens,
                 }
             )
     return reports

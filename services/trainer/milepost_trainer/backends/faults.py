@@ -21,6 +21,9 @@ from milepost_trainer.policy import Policy
 from milepost_trainer.settings import DebugSettings
 
 
+_eager: Any = torch.compiler.disable  # hooks of compiled layers stay Python
+
+
 class Faults:
     """Raises ``torch.OutOfMemoryError`` on one rank where the settings say."""
 
@@ -33,29 +36,36 @@ class Faults:
         """Hook into the modules and the optimizer; nothing where no fault is ordered."""
         middle = policy.layers[len(policy.layers) // 2]
         if self._place == "forward":
-            middle.register_forward_pre_hook(self._before, with_kwargs=True)
+            middle.register_forward_pre_hook(_eager(self._before), with_kwargs=True)
         elif self._place == "head":
             decoder = cast(Any, policy.lm).get_decoder()
-            decoder.register_forward_hook(lambda _m, _a, output: self._strike(output.last_hidden_state))
+            decoder.register_forward_hook(self._after_decoder)
         elif self._place == "backward":
-            middle.register_forward_hook(self._when_backward)
+            middle.register_forward_hook(_eager(self._when_backward))
         elif self._place == "optimizer":
-            optimizer.register_step_pre_hook(lambda *_: self._once())
+            optimizer.register_step_pre_hook(self._before_moving)
 
     def clipping(self) -> None:
         """The gradient norm is about to be computed."""
         if self._place == "clip":
             self._once()
 
-    @torch.compiler.disable
+    def _before_moving(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._once()
+
+    def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._strike(output.last_hidden_state)
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._strike(args[0] if args else kwargs["hidden_states"])
 
-    @torch.compiler.disable
     def _when_backward(self, module: nn.Module, args: Any, output: Any) -> None:
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad and self._is_too_large(hidden):
-            hidden.register_hook(lambda _gradient: self._raise())
+            hidden.register_hook(self._in_backward)
+
+    def _in_backward(self, gradient: torch.Tensor) -> None:
+        self._raise()
 
     def _strike(self, hidden: torch.Tensor) -> None:
         if self._is_too_large(hidden):

@@ -14,14 +14,14 @@ def squared_norm(parameters: Sequence[torch.Tensor]) -> float:
     if not gradients:
         return 0.0
     exact = torch.promote_types(gradients[0].dtype, torch.float32)
-    norms = torch._foreach_norm(gradients, 2.0, dtype=exact)  # pyright: ignore[reportPrivateUsage]
+    norms = torch._foreach_norm(gradients, 2.0, dtype=exact)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
     return torch.stack(norms).double().square().sum().item()
 
 
 def scale_gradients(parameters: Sequence[torch.Tensor], scale: float) -> None:
     """Multiply this rank's part of the gradients by a scale, in place; a scale of 1 or more leaves them."""
     if scale < 1 and (gradients := _local_gradients(parameters)):
-        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateUsage]
+        torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
 
 def _local_gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:

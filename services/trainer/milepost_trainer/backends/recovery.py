@@ -117,7 +117,7 @@ class _ReduceScatter(DefaultReduceScatter):
         group: dist.ProcessGroup,
         op: Any,
         async_op: bool = False,
-    ) -> dist.Work | None:
+    ) -> Any:
         make = super().__call__
         return self._dues.pay(lambda: make(output_tensor, input_tensor, group, op, async_op), output_tensor)
 
@@ -191,6 +191,7 @@ class Recovery:
         Raises:
             DoesNotFit: on every rank, where some rank ran out twice.
         """
+        failed = 0.0
         for tries in range(2):
             value = self._locally(work, what=what)
             failed, total = self._world.sum([float(value is None), value or 0.0])
