@@ -22,15 +22,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
-
-import torch
 
 from milepost import types as t
 from milepost.client.router import RouterClient
-from milepost.errors import FailedPrecondition, MilepostError, NotFound, StaleTerm, Unavailable
+from milepost.errors import FailedPrecondition, MilepostError, NotFound, StaleTerm
 from milepost_common.metrics import Counter, Instrument, Phases
 from milepost_trainer.buckets import Bucket
 from milepost_trainer.meters import (
@@ -45,11 +42,11 @@ from milepost_trainer.meters import (
     WAITING,
 )
 from milepost_trainer.settings import PublishSettings
+from milepost_trainer.transfer import Gather, Transfer, Whole
 from milepost_trainer.transports.base import WeightTransport
 
 log = logging.getLogger(__name__)
 
-Gather = Callable[[Bucket], Awaitable[torch.Tensor]]
 _PAUSE = {"retract": t.PauseMode.RETRACT, "in_place": t.PauseMode.IN_PLACE, "abort": t.PauseMode.ABORT}
 _LOOK_AGAIN_S = 30.0
 _ABORT_S = 10.0
@@ -82,6 +79,7 @@ class Publisher:
         transport: moves the bytes.
         buckets: of the model, planned for this transport.
         gather: brings a bucket's bytes to this rank.
+        whole: brings all weights to this rank, for transports whose members copy them from there.
         settings: deadlines, pause mode.
         run_id: the run.
     """
@@ -95,12 +93,13 @@ class Publisher:
         gather: Gather,
         settings: PublishSettings,
         run_id: str,
+        whole: Whole | None = None,
     ) -> None:
         self._router = router
         self._transport = transport
-        self._buckets = tuple(buckets)
-        self._manifest = tuple(spec for bucket in buckets for spec in _specs(bucket))
-        self._gather = gather
+        self._transfer = Transfer(
+            router, transport, buckets=buckets, gather=gather, whole=whole, timeout_s=settings.timeout_s
+        )
         self._settings = settings
         self._run_id = run_id
         self._fleet = t.Fleet()
@@ -108,6 +107,7 @@ class Publisher:
         self._failures = 0
         self._not_before = 0.0
         self._own = False  # this process published what is published
+        self._ahead: tuple[int, int, t.Prepared] | None = None  # term and label it was prepared for
         self._due: int | None = None
         self._floor = 0
         self._unserved_since: float | None = None
@@ -259,7 +259,7 @@ class Publisher:
         self.published, self._own = Published(committed.version, self.label), True
         self._floor = min(self._floor, self.label)
         self._outcomes.add(PUBLISHED)
-        self._bytes.add(amount=sum(bucket.size_bytes for bucket in self._buckets))
+        self._bytes.add(amount=self._transfer.size_bytes)
         self._times.enter(IDLE)
         for engine, why in committed.quarantined.items():
             log.warning("engine %s is quarantined: %s", engine, why)
@@ -294,14 +294,70 @@ class Publisher:
         log.warning("weights of step %d not published, again in %.1f s: %s", self.label, delay, why)
 
     async def _transact(self, *, version: int, attempt: int) -> t.Committed | None:
-        prepared = await self._router.prepare_weights(
+        prepared = self._take_ahead() if not version else None
+        if prepared is None:
+            prepared = await self._prepare(self.label, version=version, attempt=attempt)
+        if not prepared.members:
+            return None
+        done = False
+        try:
+            await self._transport.open(prepared, timeout_s=self._settings.timeout_s)
+            num_buckets = await self._transfer.run(prepared)
+            committed = await self._router.commit_weights(
+                prepared.transaction_id,
+                fleet_epoch=prepared.fleet_epoch,
+                term=self.term,
+                num_buckets=num_buckets,
+                timeout_s=self._settings.timeout_s,
+            )
+            done = True
+            return committed
+        finally:
+            await self._end(prepared, done=done)
+
+    async def prepare_ahead(self, label: int) -> None:
+        """Open the transaction of the weights that `label` will have, while that step still makes them.
+
+        Members serve on; the bytes, and the pause, come with `catch_up`. Where it fails, or is not used, the
+        next preparation takes its place.
+        """
+        if not self._transport.prepares_ahead or self._silent or label <= self._floor or self.lacking:
+            return
+        self._ahead = None
+        attempt = self._attempts.get(label, 0) + 1
+        self._attempts[label] = attempt
+        try:
+            prepared = await self._prepare(label, version=0, attempt=attempt)
+        except StaleTerm:
+            raise
+        except MilepostError as error:
+            log.debug("weights of step %d not prepared ahead: %s", label, error)
+            return
+        if prepared.members:
+            self._ahead = (self.term, label, prepared)
+
+    def _take_ahead(self) -> t.Prepared | None:
+        """What was prepared for the weights that are due now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[:2] != (self.term, self.label) or not self._is_due:
+            return None
+        return ahead[2]
+
+    async def forget_ahead(self) -> None:
+        """What was prepared will not be sent."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            await self._abort(ahead[2])
+
+    async def _prepare(self, label: int, *, version: int, attempt: int) -> t.Prepared:
+        return await self._router.prepare_weights(
             t.PrepareRequest(
                 run_id=self._run_id,
                 term=self.term,
-                label=self.label,
+                label=label,
                 attempt=attempt,
                 version=version,
-                manifest=self._manifest,
+                manifest=self._transfer.manifest,
                 transport=self._transport.kind,
                 pause_mode=_PAUSE[self._settings.pause_mode],
                 master_address=self._transport.master_address,
@@ -311,112 +367,17 @@ class Publisher:
                 timeout_s=self._settings.timeout_s,
             )
         )
-        if not prepared.members:
-            return None
-        done = False
-        try:
-            await self._transport.open(prepared, timeout_s=self._settings.timeout_s)
-            await self._transfer(prepared)
-            committed = await self._router.commit_weights(
-                prepared.transaction_id,
-                fleet_epoch=prepared.fleet_epoch,
-                term=self.term,
-                num_buckets=len(self._buckets),
-                timeout_s=self._settings.timeout_s,
-            )
-            done = True
-            return committed
-        finally:
-            await self._end(prepared, done=done)
 
     async def _end(self, prepared: t.Prepared, *, done: bool) -> None:
         await self._transport.close(broken=not done)
         if not done:
-            try:
-                async with asyncio.timeout(_ABORT_S):
-                    await self._router.abort_weights(
-                        prepared.transaction_id, term=self.term, reason="the trainer gave up"
-                    )
-            except (MilepostError, TimeoutError) as error:
-                log.warning("transaction %s: abort failed: %s", prepared.transaction_id, error)
+            await self._abort(prepared)
 
-    async def _transfer(self, prepared: t.Prepared) -> None:
-        """Send all buckets, gathering the next one while one is on its way."""
-        headers: asyncio.Queue[t.BucketHeader | None] = asyncio.Queue()
-        acks = cast(
-            AsyncGenerator[t.BucketAck],
-            self._router.update_weights(_drain(headers), timeout_s=self._settings.timeout_s),
-        )
-        gathering = self._start_gather(0)
+    async def _abort(self, prepared: t.Prepared) -> None:
         try:
-            for index, bucket in enumerate(self._buckets):
-                flat = await gathering
-                if index + 1 < len(self._buckets):
-                    gathering = self._start_gather(index + 1)
-                handles = await self._transport.stage(bucket, flat)
-                headers.put_nowait(_header(prepared, bucket, handles))
-                await self._exchange(bucket, flat, acks)
-                await self._transport.unstage(bucket)
-            await self._transport.flush(timeout_s=self._settings.timeout_s)
-        finally:
-            headers.put_nowait(None)  # also where it failed: the call's own task waits for the next header
-            gathering.cancel()
-            await acks.aclose()
-
-    async def _exchange(self, bucket: Bucket, flat: torch.Tensor, acks: AsyncIterator[t.BucketAck]) -> None:
-        """Push a bucket's bytes and hear what the members say; whichever fails first ends both."""
-        sending = asyncio.create_task(
-            self._transport.send(bucket, flat, timeout_s=self._settings.timeout_s), name="send bucket"
-        )
-        answering = asyncio.create_task(_accepted(acks), name="await acks")
-        try:
-            done, _ = await asyncio.wait([sending, answering], return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
-        finally:
-            for task in (sending, answering):
-                task.cancel()
-            await asyncio.gather(sending, answering, return_exceptions=True)
-
-    def _start_gather(self, index: int) -> asyncio.Task[torch.Tensor]:
-        async def gather() -> torch.Tensor:
-            return await self._gather(self._buckets[index])
-
-        return asyncio.create_task(gather(), name=f"gather bucket {index}")
-
-
-async def _drain(headers: asyncio.Queue[t.BucketHeader | None]) -> AsyncIterator[t.BucketHeader]:
-    while (header := await headers.get()) is not None:
-        yield header
-
-
-async def _accepted(acks: AsyncIterator[t.BucketAck]) -> None:
-    """Hear of one bucket; raises at once where it was not taken, whoever still waits to send it."""
-    try:
-        _check_ack(await anext(acks))
-    except StopAsyncIteration:
-        raise Unavailable("the router ended the transfer early") from None
-
-
-def _check_ack(ack: t.BucketAck) -> None:
-    """Raise unless somebody took the bucket and the group still stands."""
-    refusals = "; ".join(f"{a.engine_id}: {a.message}" for a in ack.acks if not a.ok)
-    if ack.group_broken:
-        raise Unavailable(f"bucket {ack.bucket_index}: the group broke: {refusals}")
-    if not any(a.ok for a in ack.acks):
-        raise FailedPrecondition(f"bucket {ack.bucket_index}: no member took it: {refusals}")
-
-
-def _header(prepared: t.Prepared, bucket: Bucket, handles: tuple[t.HandlesOfEngine, ...]) -> t.BucketHeader:
-    return t.BucketHeader(
-        transaction_id=prepared.transaction_id,
-        fleet_epoch=prepared.fleet_epoch,
-        bucket_index=bucket.index,
-        tensors=_specs(bucket),
-        handles=handles,
-        size_bytes=bucket.size_bytes,
-    )
-
-
-def _specs(bucket: Bucket) -> tuple[t.TensorSpec, ...]:
-    return tuple(t.TensorSpec(name=s.name, dtype=s.dtype, shape=s.shape) for s in bucket.slots)
+            async with asyncio.timeout(_ABORT_S):
+                await self._router.abort_weights(
+                    prepared.transaction_id, term=self.term, reason="the trainer gave up"
+                )
+        except (MilepostError, TimeoutError) as error:
+            log.warning("transaction %s: abort failed: %s", prepared.transaction_id, error)

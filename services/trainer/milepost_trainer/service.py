@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -212,11 +212,15 @@ async def _publisher(
     async def gather(bucket: Any) -> torch.Tensor:
         return cast(torch.Tensor, await crew.call("gather_bucket", bucket))
 
+    async def whole() -> Mapping[str, torch.Tensor]:
+        return cast(Mapping[str, torch.Tensor], await crew.call("whole_weights", buckets))
+
     return Publisher(
         await stack.enter_async_context(RouterClient(settings.router, retry=NO_RETRY)),
         transport=transport,
         buckets=buckets,
         gather=gather,
+        whole=whole,
         settings=settings.publish,
         run_id=settings.run.run_id,
     )

@@ -12,7 +12,7 @@ thread-safe, so one thread calls it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -125,6 +125,13 @@ class Backend(ABC):
     @abstractmethod
     def gather_bucket(self, bucket: Bucket) -> torch.Tensor | None:
         """The bucket's bytes as one contiguous uint8 tensor on rank 0's device; None on other ranks."""
+
+    @abstractmethod
+    def whole_weights(self, buckets: Sequence[Bucket]) -> Mapping[str, torch.Tensor]:
+        """All weights by name on rank 0, written and at the same places each time; empty on other ranks.
+
+        They may lie in another dtype than the buckets say. They stay as they are until the next ``step``.
+        """
 
     @abstractmethod
     def save(self, directory: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from milepost_trainer import buckets as bucket_plan
 from milepost_trainer.backends.base import Backend, MicroBatchResult, StepResult
 from milepost_trainer.backends.faults import Faults
+from milepost_trainer.backends.gathering import Gathering
 from milepost_trainer.backends.gradients import scale_gradients, squared_norm
 from milepost_trainer.backends.random_state import RandomState
 from milepost_trainer.backends.recovery import Recovery
@@ -60,6 +61,8 @@ class FsdpBackend(Backend):
         self.vocab_size = int(cast(Any, self._policy.lm).config.get_text_config().vocab_size)
         self._reference = self._load_reference() if with_reference else None
         self._named = _publishable(self._policy)
+        by_handle = settings.publish.transport == "cuda_ipc"
+        self._gathering = Gathering(self._named, world, resident=by_handle)
         adam = settings.optimizer
         self._parameters = [p for p in self._policy.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
@@ -169,15 +172,11 @@ class FsdpBackend(Backend):
 
     def gather_bucket(self, bucket: Bucket) -> torch.Tensor | None:
         """See ``Backend.gather_bucket``."""
-        flat: torch.Tensor | None = None
-        if self.world.leads:
-            flat = torch.empty(bucket.size_bytes, dtype=torch.uint8, device=self.world.device)
-        for slot in bucket.slots:
-            whole = _full(self._named[slot.name].detach())
-            if flat is not None:
-                raw = whole.to(bucket_plan.DTYPES[slot.dtype]).contiguous().reshape(-1).view(torch.uint8)
-                flat[slot.offset_bytes : slot.offset_bytes + slot.size_bytes].copy_(raw)
-        return flat
+        return self._gathering.bucket(bucket)
+
+    def whole_weights(self, buckets: Sequence[Bucket]) -> Mapping[str, torch.Tensor]:
+        """See ``Backend.whole_weights``."""
+        return self._gathering.whole(buckets)
 
     def export_hf(self, directory: Path) -> None:
         """See ``Backend.export_hf``."""

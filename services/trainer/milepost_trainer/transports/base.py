@@ -32,6 +32,9 @@ class WeightTransport(ABC):
     master_port: int = 0
     """Its port."""
 
+    prepares_ahead: bool = False
+    """True where a transaction may be opened while its weights are still made: nobody has to join a group."""
+
     group_name: str = ""
     """The process group that rank 0 is in already; empty: none."""
 

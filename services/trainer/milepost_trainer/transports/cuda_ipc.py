@@ -35,6 +35,7 @@ class CudaIpcTransport(WeightTransport):
     """Shares buckets where they lie; nothing is copied here."""
 
     kind = Transport.CUDA_IPC
+    prepares_ahead = True
 
     def __init__(self) -> None:
         self._members: tuple[WeightMember, ...] = ()

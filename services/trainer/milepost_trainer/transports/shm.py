@@ -27,6 +27,7 @@ class ShmTransport(WeightTransport):
     """Writes each bucket once; engines map it."""
 
     kind = Transport.SHM
+    prepares_ahead = True
 
     def __init__(self, *, root: Path = Path("/dev/shm")) -> None:
         """Remove what dead trainers left in ``root``."""

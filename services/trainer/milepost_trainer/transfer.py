@@ -1,0 +1,172 @@
+"""Gets the bytes of one prepared transaction to its members, by one stream of headers and acknowledgements.
+
+    whole     every member copies the weights from where they lie: one header, one acknowledgement
+    buckets   stage ──> header goes out ──> send ──> acks come in ──> unstage, the next one gathered meanwhile
+
+Owns nothing between two transactions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import cast
+
+import torch
+
+from milepost import types as t
+from milepost.client.router import RouterClient
+from milepost.errors import FailedPrecondition, Unavailable
+from milepost_trainer.buckets import Bucket
+from milepost_trainer.transports.base import WeightTransport
+
+Gather = Callable[[Bucket], Awaitable[torch.Tensor]]
+Whole = Callable[[], Awaitable[Mapping[str, torch.Tensor]]]
+
+
+class Transfer:
+    """The transfer of one model's weights.
+
+    Args:
+        router: takes the headers.
+        transport: moves the bytes.
+        buckets: of the model.
+        gather: brings a bucket's bytes to this rank.
+        whole: brings all weights to this rank, by name, where they stay; None: buckets alone are sent.
+        timeout_s: of a transaction.
+    """
+
+    def __init__(
+        self,
+        router: RouterClient,
+        transport: WeightTransport,
+        *,
+        buckets: Sequence[Bucket],
+        gather: Gather,
+        whole: Whole | None,
+        timeout_s: float,
+    ) -> None:
+        self._router, self._transport = router, transport
+        self._buckets, self._gather, self._whole = tuple(buckets), gather, whole
+        self._timeout_s = timeout_s
+        self.manifest = tuple(spec for bucket in self._buckets for spec in _specs(bucket))
+        self.size_bytes = sum(bucket.size_bytes for bucket in self._buckets)
+
+    async def run(self, prepared: t.Prepared) -> int:
+        """Sends everything; returns the number of buckets that the commit must name."""
+        if self._whole is not None and self._transport.shares(prepared):
+            await self._share(prepared, await self._whole())
+            return 1
+        await self._send_buckets(prepared)
+        await self._transport.flush(timeout_s=self._timeout_s)
+        return len(self._buckets)
+
+    async def _share(self, prepared: t.Prepared, weights: Mapping[str, torch.Tensor]) -> None:
+        header = t.BucketHeader(
+            transaction_id=prepared.transaction_id,
+            fleet_epoch=prepared.fleet_epoch,
+            bucket_index=0,
+            handles=await self._transport.share(prepared, self.manifest, weights),
+            size_bytes=self.size_bytes,
+            whole=True,
+        )
+        async with self._stream() as (headers, acks):
+            headers.put_nowait(header)
+            ack = await _next(acks)
+            self._transport.taken({each.engine_id for each in ack.acks if each.ok})
+            _check_ack(ack)
+
+    async def _send_buckets(self, prepared: t.Prepared) -> None:
+        """Send all buckets, gathering the next one while one is on its way."""
+        gathering = self._start_gather(0)
+        try:
+            async with self._stream() as (headers, acks):
+                for index, bucket in enumerate(self._buckets):
+                    flat = await gathering
+                    if index + 1 < len(self._buckets):
+                        gathering = self._start_gather(index + 1)
+                    handles = await self._transport.stage(bucket, flat)
+                    headers.put_nowait(_header(prepared, bucket, handles))
+                    await self._exchange(bucket, flat, acks)
+                    await self._transport.unstage(bucket)
+        finally:
+            gathering.cancel()
+
+    @asynccontextmanager
+    async def _stream(
+        self,
+    ) -> AsyncGenerator[tuple[asyncio.Queue[t.BucketHeader | None], AsyncIterator[t.BucketAck]]]:
+        """The router's stream: a queue of what goes in, and what comes out."""
+        headers: asyncio.Queue[t.BucketHeader | None] = asyncio.Queue()
+        acks = cast(
+            AsyncGenerator[t.BucketAck],
+            self._router.update_weights(_drain(headers), timeout_s=self._timeout_s),
+        )
+        try:
+            yield headers, acks
+        finally:
+            headers.put_nowait(None)  # also where it failed: the call's own task waits for the next header
+            await acks.aclose()
+
+    async def _exchange(self, bucket: Bucket, flat: torch.Tensor, acks: AsyncIterator[t.BucketAck]) -> None:
+        """Push a bucket's bytes and hear what the members say; whichever fails first ends both."""
+        sending = asyncio.create_task(
+            self._transport.send(bucket, flat, timeout_s=self._timeout_s), name="send bucket"
+        )
+        answering = asyncio.create_task(_accepted(acks), name="await acks")
+        try:
+            done, _ = await asyncio.wait([sending, answering], return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        finally:
+            for task in (sending, answering):
+                task.cancel()
+            await asyncio.gather(sending, answering, return_exceptions=True)
+
+    def _start_gather(self, index: int) -> asyncio.Task[torch.Tensor]:
+        async def gather() -> torch.Tensor:
+            return await self._gather(self._buckets[index])
+
+        return asyncio.create_task(gather(), name=f"gather bucket {index}")
+
+
+async def _drain(headers: asyncio.Queue[t.BucketHeader | None]) -> AsyncIterator[t.BucketHeader]:
+    while (header := await headers.get()) is not None:
+        yield header
+
+
+async def _accepted(acks: AsyncIterator[t.BucketAck]) -> None:
+    """Hear of one bucket; raises at once where it was not taken, whoever still waits to send it."""
+    _check_ack(await _next(acks))
+
+
+async def _next(acks: AsyncIterator[t.BucketAck]) -> t.BucketAck:
+    try:
+        return await anext(acks)
+    except StopAsyncIteration:
+        raise Unavailable("the router ended the transfer early") from None
+
+
+def _check_ack(ack: t.BucketAck) -> None:
+    """Raise unless somebody took the bucket and the group still stands."""
+    refusals = "; ".join(f"{a.engine_id}: {a.message}" for a in ack.acks if not a.ok)
+    if ack.group_broken:
+        raise Unavailable(f"bucket {ack.bucket_index}: the group broke: {refusals}")
+    if not any(a.ok for a in ack.acks):
+        raise FailedPrecondition(f"bucket {ack.bucket_index}: no member took it: {refusals}")
+
+
+def _header(prepared: t.Prepared, bucket: Bucket, handles: tuple[t.HandlesOfEngine, ...]) -> t.BucketHeader:
+    return t.BucketHeader(
+        transaction_id=prepared.transaction_id,
+        fleet_epoch=prepared.fleet_epoch,
+        bucket_index=bucket.index,
+        tensors=_specs(bucket),
+        handles=handles,
+        size_bytes=bucket.size_bytes,
+    )
+
+
+def _specs(bucket: Bucket) -> tuple[t.TensorSpec, ...]:
+    return tuple(t.TensorSpec(name=s.name, dtype=s.dtype, shape=s.shape) for s in bucket.slots)
