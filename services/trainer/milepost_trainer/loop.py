@@ -272,8 +272,7 @@ class StepLoop:
         updates = await self._make_updates(step, lease)
         await self._commit(step, lease, refused, updates=updates)
         trace.committed(refused)
-        every = self._run.publish_every or 1
-        self._publisher.moved_to(step, due=step % every == 0)
+        self._publisher.moved_to(step, due=self._publishes(step))
         with self._clock.timing("publish"):
             await self._publish()
         with self._clock.timing("checkpoint"):
@@ -296,12 +295,18 @@ class StepLoop:
             while not await self._gather_gradients(step, update):
                 pass
             with self._clock.timing("optimizer"):
-                report: UpdateReport = await self._crew.call("finish_update")
+                finishing = self._crew.call("finish_update")
+                if update == count - 1 and self._publishes(step):
+                    finishing = self._publisher.while_made(step, finishing)
+                report: UpdateReport = await finishing
             if report.skipped:
                 log.warning("step %d: gradient norm %s: update skipped", step, report.grad_norm)
             self._max_tokens = min(self._max_tokens, report.max_tokens)
             reports.append(report)
         return reports
+
+    def _publishes(self, step: int) -> bool:
+        return step % (self._run.publish_every or 1) == 0
 
     async def _gather_gradients(self, step: int, update: int) -> bool:
         """All micro-batches of an update; False where a rank had no memory for one, and all begin again."""

@@ -22,8 +22,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from milepost import types as t
 from milepost.client.router import RouterClient
@@ -47,11 +48,14 @@ from milepost_trainer.transports.base import WeightTransport
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _PAUSE = {"retract": t.PauseMode.RETRACT, "in_place": t.PauseMode.IN_PLACE, "abort": t.PauseMode.ABORT}
 _LOOK_AGAIN_S = 30.0
 _ABORT_S = 10.0
 """A router that does not hear of the end in time finds out: by the stream, the deadline, the next prepare."""
 _WATCH_AGAIN_S = 1.0
+_AHEAD_S = 1.0
+"""So long a router that does not answer may hold a step up; it is asked again once the weights are there."""
 _UNSERVED_S = 5.0
 """For so long no engine must serve before weights below the floor are published: time for all to show up at a
 router that was started again."""
@@ -327,14 +331,27 @@ class Publisher:
         attempt = self._attempts.get(label, 0) + 1
         self._attempts[label] = attempt
         try:
-            prepared = await self._prepare(label, version=0, attempt=attempt)
+            async with asyncio.timeout(_AHEAD_S):
+                prepared = await self._prepare(label, version=0, attempt=attempt)
         except StaleTerm:
             raise
-        except MilepostError as error:
+        except (MilepostError, TimeoutError) as error:
             log.debug("weights of step %d not prepared ahead: %s", label, error)
             return
         if prepared.members:
             self._ahead = (self.term, label, prepared)
+
+    async def while_made(self, label: int, work: Awaitable[T]) -> T:
+        """Await the last work on the weights of `label`, and prepare their transaction meanwhile.
+
+        Raises:
+            StaleTerm: another trainer took over.
+        """
+        ahead = asyncio.create_task(self.prepare_ahead(label), name=f"prepare step {label}")
+        try:
+            return await work
+        finally:
+            await ahead
 
     def _take_ahead(self) -> t.Prepared | None:
         """What was prepared for the weights that are due now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ class FakeRouter:
         self.engines: dict[str, t.Engine] = {}
         self.fail_at = ""
         self.hang_at = ""
-        self.hanging = asyncio.Event()
+        self.hanging, self.ahead = asyncio.Event(), asyncio.Event()
         self.next_version = 1
         self.most: int | None = None  # members of a transaction; None: all who lack weights
         self.members: tuple[str, ...] = ()
@@ -63,6 +63,8 @@ class FakeRouter:
 
     async def prepare_weights(self, request: t.PrepareRequest) -> t.Prepared:
         self.requests.append(request)
+        if request.label:
+            self.ahead.set()
         await self._at("prepare")
         serving = t.EngineState.SERVING
         lacking = [
@@ -96,7 +98,7 @@ class FakeRouter:
         request = self.requests[-1]
         version = request.version or self.next_version - 1
         self.committed.append(version)
-        assert num_buckets == len(BUCKETS)
+        assert num_buckets == (1 if self.got[-1].whole else len(BUCKETS))
         for name in self.members:
             self.engines[name] = replace(
                 self.engines[name],
@@ -122,6 +124,21 @@ class FakeTransport(WeightTransport):
         self.sent: list[bytes] = []
         self.staged: set[int] = set()
         self.closed: list[bool] = []
+        self.can_share = False
+        self.shared: list[list[str]] = []
+        self.took: list[set[str]] = []
+
+    def shares(self, prepared: t.Prepared) -> bool:
+        return self.can_share
+
+    async def share(
+        self, prepared: t.Prepared, manifest: Sequence[t.TensorSpec], weights: Mapping[str, torch.Tensor]
+    ) -> tuple[t.HandlesOfEngine, ...]:
+        self.shared.append([spec.name for spec in manifest if spec.name in weights])
+        return (t.HandlesOfEngine(engine_id="e", handles=(b"order",), load_format="hook"),)
+
+    def taken(self, engine_ids: Collection[str]) -> None:
+        self.took.append(set(engine_ids))
 
     async def open(self, prepared: t.Prepared, *, timeout_s: float) -> None:
         pass
@@ -151,9 +168,13 @@ class Bench:
             transport=self.transport,
             buckets=BUCKETS,
             gather=self.gather,
+            whole=self.whole,
             settings=settings or PublishSettings(timeout_s=5, retry_delay_s=60),
             run_id="run",
         )
+
+    async def whole(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(4, dtype=torch.uint8) for name in ("a", "b")}
 
     async def gather(self, bucket: Bucket) -> torch.Tensor:
         return torch.full((4,), bucket.index, dtype=torch.uint8)
@@ -420,3 +441,92 @@ async def test_engines_of_other_runs_are_not_ours(bench: Bench) -> None:
     bench.router.tell()
     await bench.heard()
     assert not bench.publisher.wanted
+
+
+async def test_weights_are_shared_where_they_lie_with_members_that_copy_them(bench: Bench) -> None:
+    bench.transport.can_share = True
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    assert await bench.publisher.catch_up()
+    (header,) = bench.router.got
+    assert (header.whole, header.tensors, header.bucket_index) == (True, (), 0)
+    assert header.handles[0].load_format == "hook"
+    assert header.size_bytes == sum(bucket.size_bytes for bucket in BUCKETS)
+    assert bench.transport.shared == [["a", "b"]]
+    assert bench.transport.took == [{"e"}]
+    assert bench.transport.sent == []
+
+
+async def test_whoever_does_not_copy_what_was_shared_has_not_taken_it(bench: Bench) -> None:
+    bench.transport.can_share = True
+    bench.router.fail_at = "refuse"
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    assert not await bench.publisher.catch_up()
+    assert bench.transport.took == [set()]
+    assert bench.transport.closed == [True]
+    assert bench.router.aborted == ["t1"]
+
+
+async def published_once(bench: Bench) -> None:
+    """An engine serves label 0."""
+    bench.transport.prepares_ahead = True
+    bench.router.set_engine("e", t.EngineState.STALE)
+    await bench.heard()
+    assert await bench.publisher.catch_up()
+    await bench.heard()
+
+
+async def test_a_transaction_is_prepared_while_the_step_still_makes_its_weights(bench: Bench) -> None:
+    await published_once(bench)
+    finish = asyncio.Event()
+    making = asyncio.create_task(bench.publisher.while_made(1, finish.wait()))
+    async with asyncio.timeout(5):
+        await bench.router.ahead.wait()
+    assert not making.done()
+    assert bench.router.requests[-1].label == 1
+    assert len(bench.router.got) == len(BUCKETS), "no byte before the weights are there"
+    finish.set()
+    assert await making is True
+    bench.publisher.moved_to(1, due=True)
+    assert await bench.publisher.catch_up()
+    assert len(bench.router.requests) == 2
+    assert bench.router.got[-1].transaction_id == "t2"
+    assert bench.publisher.published.label == 1
+
+
+@pytest.mark.parametrize("fails", ["prepare", "hang"])
+async def test_a_router_that_is_away_holds_no_step_up(
+    bench: Bench, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_AHEAD_S", 0.05)
+    await published_once(bench)
+    bench.router.fail_at, bench.router.hang_at = ("prepare", "") if fails == "prepare" else ("", "prepare")
+    assert await bench.publisher.while_made(1, asyncio.sleep(0, "made")) == "made"
+    bench.router.fail_at = bench.router.hang_at = ""
+    bench.publisher.moved_to(1, due=True)
+    assert await bench.publisher.catch_up()
+    assert [request.attempt for request in bench.router.requests[1:]] == [1, 2]
+
+
+async def test_what_was_prepared_for_a_step_serves_no_other(bench: Bench) -> None:
+    await published_once(bench)
+    await bench.publisher.prepare_ahead(1)
+    bench.publisher.moved_to(2, due=True)
+    assert await bench.publisher.catch_up()
+    assert [request.label for request in bench.router.requests] == [0, 1, 2]
+    assert bench.publisher.published.label == 2
+
+
+async def test_a_term_that_is_over_ends_the_trainer_also_ahead(bench: Bench) -> None:
+    await published_once(bench)
+    bench.router.fail_at = "stale prepare"
+    with pytest.raises(StaleTerm):
+        await bench.publisher.while_made(1, asyncio.sleep(0))
+
+
+async def test_nothing_is_prepared_ahead_where_engines_have_to_join_a_group(bench: Bench) -> None:
+    await published_once(bench)
+    bench.transport.prepares_ahead = False
+    await bench.publisher.prepare_ahead(1)
+    assert len(bench.router.requests) == 1
