@@ -22,6 +22,7 @@ import numpy as np
 
 from milepost_trainer.backends.base import Backend, MicroBatchResult
 from milepost_trainer.batch import FloatArray, MicroBatch
+from milepost_trainer.memory import MemoryPeaks, PeakMeter, largest, over_ranks
 from milepost_trainer.objectives.base import LossAggregation, Objective
 from milepost_trainer.plan import StepPlan
 from milepost_trainer.prepare import PreparedStep, PreparedUpdate, Preparer, TrainGroup
@@ -44,8 +45,7 @@ class UpdateReport:
         means: name -> mean over the predicted tokens.
         oom_retries: how often something of it was begun again because a rank had no memory.
         max_tokens: budget of a micro-batch now.
-        peak_bytes: most memory that a rank held at once since the step began; see ``memory``.
-        seconds: name -> wall seconds of this rank, by part.
+        peaks: most memory that a rank held at once since the step began.
     """
 
     loss: float
@@ -57,8 +57,7 @@ class UpdateReport:
     means: Mapping[str, float] = field(default_factory=dict[str, float])
     oom_retries: int = 0
     max_tokens: int = 0
-    peak_bytes: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    peaks: MemoryPeaks = field(default_factory=MemoryPeaks)
 
 
 class Learner:
@@ -96,6 +95,7 @@ class Learner:
         self._updates: list[list[MicroBatch]] = []
         self._update = 0
         self._results: list[MicroBatchResult] = []
+        self._memory = PeakMeter(backend.world.device)
 
     def prepare(self, plan: StepPlan, groups: Mapping[str, TrainGroup]) -> PreparedStep:
         """See ``Preparer.prepare``; the learner's own state takes no part."""
@@ -113,6 +113,7 @@ class Learner:
             prompt_id -> what is wrong, for the groups of this rank that are left out.
         """
         self._step, self._update = step, 0
+        self._memory.reset()
         self._scales = [self._scale(update) for update in step.updates]
         self._updates = [list(each.micro_batches) for each in step.updates]
         if self._budget is not None and self._budget < step.plan.max_tokens:
@@ -156,14 +157,17 @@ class Learner:
     def finish_update(self) -> UpdateReport:
         """Move the parameters and add up what all ranks report."""
         result = self.backend.step()
+        world = self.backend.world
         names = sorted({name for r in self._results for name in r.sums})
         mine = [
+            *over_ranks(self._memory.read(), rank=world.rank, size=world.size),
             float(result.retries),
             sum(r.loss for r in self._results),
             float(sum(r.num_tokens for r in self._results)),
             *(sum(r.sums.get(name, 0.0) for r in self._results) for name in names),
         ]
-        retries, loss, tokens, *sums = self.backend.world.sum(mine)
+        summed = world.sum(mine)
+        peaks, (retries, loss, tokens, *sums) = summed[: 3 * world.size], summed[3 * world.size :]
         shortages, self._shortages = self._shortages, 0
         return UpdateReport(
             loss=loss,
@@ -175,6 +179,7 @@ class Learner:
             means={name: value / max(1.0, tokens) for name, value in zip(names, sums, strict=True)},
             oom_retries=shortages + int(retries),
             max_tokens=self._plan.max_tokens,
+            peaks=largest(peaks),
         )
 
     def make_update(self, index: int) -> UpdateReport:

@@ -102,10 +102,18 @@ STEP = (
     _step("perf/offload_time", "bringing state to the host and back, with trainer.offload", unit="s"),
     _step(
         "perf/max_memory_allocated_gb",
-        "most memory that a rank held at once in the step: of its device, or of its process on the CPU",
-        unit="GB",
+        "most device memory that tensors of one rank took at once in the step; nothing on the CPU",
+        unit="GiB",
         when_bad="near the device's: max_tokens_per_micro_batch, activation checkpointing, trainer.offload",
     ),
+    _step(
+        "perf/max_memory_reserved_gb",
+        "most device memory that torch took for them; nothing on the CPU",
+        unit="GiB",
+        when_bad="far above what was allocated: fragmentation; set "
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+    ),
+    _step("perf/cpu_memory_used_gb", "most host memory that the process of one rank took", unit="GiB"),
     _step("perf/actor_train_tok_per_s", "tokens of samples by train_time", unit="token/s"),
     _step("milepost/step_tokens_per_s", "tokens of samples by step_time: all in all", unit="token/s"),
     _step("milepost/step_staleness_mean", "staleness of the step's groups, mean", unit="step"),

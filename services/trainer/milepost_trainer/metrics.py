@@ -55,7 +55,9 @@ def step_metrics(
         "perf/update_weights_time": times.publish_s,
         "perf/save_model_time": times.checkpoint_s,
         "perf/offload_time": times.rest_s,
-        "perf/max_memory_allocated_gb": max(update.peak_bytes for update in updates) / 1e9,
+        "perf/max_memory_allocated_gb": _gib(max(update.peaks.allocated for update in updates)),
+        "perf/max_memory_reserved_gb": _gib(max(update.peaks.reserved for update in updates)),
+        "perf/cpu_memory_used_gb": _gib(max(update.peaks.process for update in updates)),
         "perf/actor_train_tok_per_s": _rate(sample_tokens, times.train_s),
         "milepost/step_tokens_per_s": _rate(sample_tokens, times.step_s),
         "milepost/step_staleness_mean": sum(staleness) / len(staleness),
@@ -87,6 +89,10 @@ def _token_means(updates: Sequence[UpdateReport], tokens: int) -> dict[str, floa
     return {
         name: sum(u.means.get(name, 0.0) * u.num_tokens for u in updates) / max(1, tokens) for name in names
     }
+
+
+def _gib(size_bytes: int) -> float | None:
+    return size_bytes / 2**30 if size_bytes else None
 
 
 def _rate(amount: float, seconds: float) -> float | None:

@@ -16,10 +16,12 @@ from milepost.errors import InvalidArgument
 from milepost.v1 import trainer_pb2_grpc
 from milepost_common.server import GrpcServer
 from milepost_trainer.learner import UpdateReport
+from milepost_trainer.memory import MemoryPeaks
 from milepost_trainer.meters import STEP
-from milepost_trainer.metrics import StepTimes, step_metrics
+from milepost_trainer.metrics import shortage_notes, step_metrics
 from milepost_trainer.recorder import Recorder
 from milepost_trainer.status import TrainerState
+from milepost_trainer.timing import StepTimes
 from milepost_trainer.trainer_servicer import SERVICE, TrainerServicer
 
 GROUPS = (
@@ -27,8 +29,10 @@ GROUPS = (
     t.StepGroup(prompt_id="b", num_tokens=(4, 4), num_loss_tokens=6, rewards=(math.nan, 0.5), staleness=2),
 )
 UPDATES = (
-    UpdateReport(0.5, 2.0, 1e-3, False, 10, 1, {"entropy_loss": 1.0}),
-    UpdateReport(0.1, math.inf, 2e-3, True, 30, 2, {"entropy_loss": 2.0}),
+    UpdateReport(
+        0.5, 2.0, 1e-3, False, 10, 1, {"entropy_loss": 1.0}, 2, 64, MemoryPeaks(2**30, 2**31, 2**32)
+    ),
+    UpdateReport(0.1, math.inf, 2e-3, True, 30, 2, {"entropy_loss": 2.0}, 1, 32, MemoryPeaks(2**29)),
 )
 
 
@@ -36,7 +40,9 @@ def metrics() -> dict[str, float | None]:
     return step_metrics(
         groups=GROUPS,
         updates=UPDATES,
-        times=StepTimes(wait_s=1, train_s=2, publish_s=0.5, checkpoint_s=0, step_s=4),
+        times=StepTimes(
+            wait_s=1, forward_backward_s=1.5, optimizer_s=0.5, publish_s=0.5, step_s=4, fetch_s=0.25
+        ),
         weight_version=8,
         term=3,
         dropped=1,
@@ -63,6 +69,11 @@ def test_step_metrics() -> None:
     assert own("staleness_mean", "staleness_max") == (1.0, 2)
     assert own("skipped_updates", "micro_batches", "dropped_groups") == (1, 3, 1)
     assert own("samples", "groups", "replayed") == (4, 2, 1.0)
+    assert (got["train/oom_retries"], *own("micro_batch_tokens")) == (3, 32)
+    perf = ("train_time", "forward_backward_time", "optimizer_time", "data_fetch_time")
+    assert [got[f"perf/{name}"] for name in perf] == [2.0, 1.5, 0.5, 0.25]
+    memory = ("max_memory_allocated_gb", "max_memory_reserved_gb", "cpu_memory_used_gb")
+    assert [got[f"perf/{name}"] for name in memory] == [1.0, 2.0, 4.0]
 
 
 def test_every_metric_of_a_step_has_its_meaning_written_down() -> None:
@@ -72,13 +83,16 @@ def test_every_metric_of_a_step_has_its_meaning_written_down() -> None:
 def test_records_are_appended_and_stay_json(tmp_path: Path) -> None:
     for _ in range(2):
         with Recorder(tmp_path, tensorboard=False) as recorder:
-            recorder.write_commit(t.StepManifest(step=4, prompt_ids=("a", "b")), term=3)
+            recorder.write_commit(
+                t.StepManifest(step=4, prompt_ids=("a", "b")), term=3, notes=shortage_notes(UPDATES)
+            )
             recorder.write_metrics(4, metrics() | {"odd": math.nan})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [4, 4]
     assert rows[0]["odd"] is None
+    notes = {"oom_retries": 3, "micro_batch_tokens": 32}
     steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
-    assert steps[0] == {"step": 4, "prompt_ids": ["a", "b"], "dropped": {}, "term": 3}
+    assert steps[0] == {"step": 4, "prompt_ids": ["a", "b"], "dropped": {}, "term": 3} | notes
 
 
 def test_tensorboard_files(tmp_path: Path) -> None:

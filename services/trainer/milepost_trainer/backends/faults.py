@@ -20,7 +20,6 @@ from torch import nn
 from milepost_trainer.policy import Policy
 from milepost_trainer.settings import DebugSettings
 
-
 _eager: Any = torch.compiler.disable  # hooks of compiled layers stay Python
 
 

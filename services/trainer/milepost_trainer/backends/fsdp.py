@@ -125,7 +125,7 @@ class FsdpBackend(Backend):
     def discard(self) -> None:
         """See ``Backend.discard``."""
         self._optimizer.zero_grad(set_to_none=True)
-        self._recovery.unwind()
+        self._recovery.discard()
         self._random.restore()
 
     def step(self) -> StepResult:
@@ -142,6 +142,7 @@ class FsdpBackend(Backend):
             retries += self._recovery.move(self._optimizer)
         self._optimizer.zero_grad(set_to_none=True)
         self._random.forget()
+        self._recovery.updated()
         self.num_updates += 1
         return StepResult(grad_norm=norm, learning_rate=rate, skipped=skipped, retries=retries)
 

@@ -15,10 +15,12 @@ the row in its middle leaves the others in a collective that nobody completes. S
          the pass counts                        gradients since the last update, random state;
                                                 the learner plans smaller and begins the update again
 
-The row depends on the modules and on which of them are whole when the pass begins, not on the tokens; every
-pass therefore begins with all modules sharded. A collective that itself raises may or may not have been made:
-that, and running out of memory with one token, ends the process, and the launcher ends the other ranks. The
-others wait for a paying rank no longer than a collective may take.
+The row depends on the modules and on which of them are whole when it begins, not on the tokens. Modules may
+stay whole from one pass to the next, so the row of an update is counted from its first pass, which begins
+with all modules sharded; what is paid is the rest of that row up to the end of the pass that failed. A
+collective that itself raises may or may not have been made: that, and running out of memory with one token,
+ends the process, and the launcher ends the other ranks. The others wait for a paying rank no longer than a
+collective may take.
 
 What moves the parameters has no collectives but one, so it is tried on every rank, agreed upon, and tried
 once more (`together`). `Recovery` owns the counts; the gradients stay the backend's.
@@ -63,10 +65,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class Dues:
-    """Counts the collectives of a pass; in a pass that is made again, leaves out the first of them.
+    """Counts the collectives of a row; in a row that is made again, leaves out the first of them.
 
     Attributes:
-        made: collectives of this pass so far, those that were left out included.
+        made: collectives of this row so far, those that were left out included.
     """
 
     def __init__(self) -> None:
@@ -74,7 +76,7 @@ class Dues:
         self._left_out = 0
 
     def begin(self, *, leave_out: int = 0) -> None:
-        """Begin a pass whose first `leave_out` collectives were made before."""
+        """Begin a row whose first `leave_out` collectives were made before."""
         self.made, self._left_out = 0, leave_out
 
     def pay(self, make: Callable[[], Any], output: torch.Tensor) -> Any:
@@ -86,7 +88,7 @@ class Dues:
         try:
             work = make()
         except Exception as error:
-            raise BrokenCollective(f"collective {self.made + 1} of a pass failed: {error}") from error
+            raise BrokenCollective(f"collective {self.made + 1} of an update failed: {error}") from error
         self.made += 1
         return work
 
@@ -133,6 +135,7 @@ class Recovery:
     def __init__(self, world: World, models: Sequence[nn.Module]) -> None:
         self._world = world
         self._dues = Dues()
+        self._row: list[Callable[[MicroBatch], Any]] = []  # passes since the last update or discard
         self._roots = [model for model in models if isinstance(model, FSDPModule)]
         for part in self._parts():
             part.set_custom_all_gather(_AllGather(self._dues))
@@ -148,9 +151,11 @@ class Recovery:
         Raises:
             DoesNotFit: not even one token goes through.
         """
-        for part in self._parts():
-            part.reshard()
-        self._dues.begin()
+        if not self._row:
+            for part in self._parts():
+                part.reshard()
+            self._dues.begin()
+        self._row.append(work)
         try:
             return work(batch)
         except Exception as error:
@@ -158,16 +163,17 @@ class Recovery:
                 raise
             log.warning("rank %d: a micro-batch of %d tokens: %s", self._world.rank, batch.num_fed, error)
         # Out here the error is gone, and with its frames the activations that they held.
-        self.unwind()
+        self._unwind()
         if self._world.size > 1:
-            self._pay(work)
+            self._pay()
         return None
 
-    def _pay(self, work: Callable[[MicroBatch], Any]) -> None:
+    def _pay(self) -> None:
         made = self._dues.made
         self._dues.begin(leave_out=made)
         try:
-            work(dummy_batch(self._world.device))
+            for work in self._row:
+                work(dummy_batch(self._world.device))
         except Exception as error:
             if is_out_of_memory(error):
                 raise DoesNotFit(
@@ -176,7 +182,9 @@ class Recovery:
                 ) from error
             raise
         if self._dues.made < made:
-            raise BrokenCollective(f"a pass made {made} collectives, and {self._dues.made} when made again")
+            raise BrokenCollective(
+                f"an update made {made} collectives, and {self._dues.made} when made again"
+            )
 
     def together(self, work: Callable[[], float], *, what: str) -> tuple[float, int]:
         """Local work on every rank, then the sum of what it returns; all try once more if one ran out.
@@ -230,8 +238,16 @@ class Recovery:
         optimizer.step()
         return 1
 
-    def unwind(self) -> None:
-        """Forget a pass that was left in its middle, and gradients that no collective has reduced yet."""
+    def discard(self) -> None:
+        """Forget the passes since the last update, and gradients that no collective has reduced yet."""
+        self._unwind()
+        self._row.clear()
+
+    def updated(self) -> None:
+        """The passes so far have become an update."""
+        self._row.clear()
+
+    def _unwind(self) -> None:
         for root in self._roots:
             _reset(root)
         free_unused(self._world.device)
