@@ -12,6 +12,20 @@ import threading
 from pathlib import Path
 
 START_S = 60.0
+DRIVER = """
+import sys
+from milepost_common import process
+from milepost_engine.launcher import Launcher
+from milepost_engine.settings import from_command_line
+
+port, *flags = sys.argv[1:]
+settings = from_command_line(["--backend", "sglang", *flags])
+arguments = ["--model", str(settings.model), "--port", port, "--host", settings.host]
+server = {"module": "milepost_engine", "arguments": arguments, "port": int(port), "release": "0.5.21"}
+launcher = Launcher(settings, **server, gpu_uuids=("GPU-1",))
+sys.exit(process.run("engine", launcher.run, stop_deadline_s=settings.shutdown_timeout_s))
+"""
+"""A launcher with an engine of ours where SGLang would be: `python -c DRIVER PORT --model DIR ...`."""
 
 
 class Launched:

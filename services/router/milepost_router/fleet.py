@@ -243,7 +243,8 @@ class Fleet:
         if record.state is S.QUARANTINED and text.startswith(version_string.UPDATING):
             restarted = False  # our own mark, written before it failed
         record.version_string = text
-        if restarted or record.state is S.DEAD:
+        registers = record.restart and record.capabilities.restartable  # its launcher says when it is ready
+        if (restarted or record.state is S.DEAD) and not registers:
             self._begin_life(record)
         if record.state in (S.JOINING, S.DEAD):
             self.fleet_epoch += record.state is S.DEAD

@@ -20,26 +20,12 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from launched import Launched, free_port, runs
+from launched import DRIVER, Launched, free_port, runs
 from milepost import RouterClient
 from milepost.types import EngineState
 from milepost_router.service import running
 from milepost_router.settings import RouterSettings
 from stack import until
-
-DRIVER = """
-import sys
-from milepost_common import process
-from milepost_engine.launcher import Launcher
-from milepost_engine.settings import from_command_line
-
-port, *flags = sys.argv[1:]
-settings = from_command_line(["--backend", "sglang", *flags])
-arguments = ["--model", str(settings.model), "--port", port, "--host", settings.host]
-server = {"module": "milepost_engine", "arguments": arguments, "port": int(port), "release": "0.5.21"}
-launcher = Launcher(settings, **server, gpu_uuids=("GPU-1",))
-sys.exit(process.run("engine", launcher.run, stop_deadline_s=settings.shutdown_timeout_s))
-"""
 
 
 @pytest.fixture(scope="module")
