@@ -104,11 +104,21 @@ class BufferClient(ServiceClient):
         return from_proto(t.PromptLeases, reply)
 
     async def renew_leases(
-        self, run_id: str, *, instance_id: str, leases: Iterable[t.LeaseKey]
+        self, run_id: str, *, instance_id: str, leases: Iterable[t.LeaseKey], names_all: bool = False
     ) -> t.RenewedLeases:
-        """Extends leases; stop working on those that come back as lost."""
+        """Extends leases; stop working on those that come back as lost.
+
+        Args:
+          run_id: the run.
+          instance_id: the gateway's instance.
+          leases: at least one, unless `names_all` is set.
+          names_all: these are all that the instance knows of: the answer names the others.
+        """
         request = pb.RenewLeasesRequest(
-            run_id=run_id, instance_id=instance_id, leases=[to_proto(x) for x in leases]
+            run_id=run_id,
+            instance_id=instance_id,
+            leases=[to_proto(x) for x in leases],
+            names_all=names_all,
         )
         return from_proto(t.RenewedLeases, await self._call(self._stub.RenewLeases, request))
 

@@ -109,10 +109,14 @@ class PromptLeases:
 
 @dataclass(frozen=True, kw_only=True)
 class RenewedLeases:
-    """Which leases are lost; the others last `ttl_s` from now."""
+    """Which leases are lost; the others last `ttl_s` from now.
+
+    `unnamed` are leases of the instance that the request did not name, where it said that it names all.
+    """
 
     lost: tuple[LeaseKey, ...] = ()
     ttl_s: float = 0.0
+    unnamed: tuple[LeaseKey, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -719,13 +719,16 @@ class RenewLeasesRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
+    NAMES_ALL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     instance_id: _builtins.str
     """The gateway's instance."""
+    names_all: _builtins.bool
+    """True: these are all the leases that the instance knows of, and the answer names the others. Unset: it names none."""
     @_builtins.property
     def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseKey]:
-        """The leases."""
+        """The leases; at least one, unless `names_all` is set."""
 
     def __init__(
         self,
@@ -733,10 +736,11 @@ class RenewLeasesRequest(_message.Message):
         run_id: _builtins.str = ...,
         instance_id: _builtins.str = ...,
         leases: _abc.Iterable[Global___LeaseKey] | None = ...,
+        names_all: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "leases", b"leases", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "leases", b"leases", "names_all", b"names_all", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -750,6 +754,7 @@ class RenewLeasesResponse(_message.Message):
 
     LOST_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
+    UNNAMED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def lost(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseKey]:
         """Leases that were lost: expired and taken by another, sealed, dropped or cancelled. Stop working on them."""
@@ -758,15 +763,22 @@ class RenewLeasesResponse(_message.Message):
     def ttl(self) -> _duration_pb2.Duration:
         """How long the others last from now."""
 
+    @_builtins.property
+    def unnamed(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseKey]:
+        """With `names_all`: leases of the instance that the request does not name, at most 1024; they are not extended. Either
+        a LeasePrompts is bringing them right now, or its answer was lost: then give them back, or they expire.
+        """
+
     def __init__(
         self,
         *,
         lost: _abc.Iterable[Global___LeaseKey] | None = ...,
         ttl: _duration_pb2.Duration | None = ...,
+        unnamed: _abc.Iterable[Global___LeaseKey] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost", "ttl", b"ttl", "unnamed", b"unnamed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -107,7 +107,10 @@ class BufferServicer:
     @stamped
     async def RenewLeases(self, request: pb.RenewLeasesRequest) -> pb.RenewLeasesResponse:
         renewed = await self.ledger.prompts.renew(
-            request.run_id, instance_id=request.instance_id, leases=_keys(request.leases)
+            request.run_id,
+            instance_id=request.instance_id,
+            leases=_keys(request.leases),
+            names_all=request.names_all,
         )
         return to_proto(renewed)
 

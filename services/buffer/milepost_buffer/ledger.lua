@@ -466,17 +466,25 @@ local function held(id, attempt, instance)
   return nil
 end
 
--- renew(instance, id, attempt, ...) -> ttl_ms, {indices of the lost ones, from 0}
+-- renew(instance, most, id, attempt, ...) -> ttl_ms, {indices of the lost ones, from 0}, {id, attempt, ...}: at most
+-- `most` leases of the instance that are not among these
 function C.renew()
-  local lost, expiry = {}, now() + num('lease_ttl_ms')
-  for i = 4, #ARGV, 2 do
+  local lost, renewed, others, expiry = {}, {}, {}, now() + num('lease_ttl_ms')
+  for i = 5, #ARGV, 2 do
     if held(ARGV[i], ARGV[i + 1], ARGV[3]) then
       call('ZADD', P .. 'rolling', expiry, ARGV[i])
+      renewed[ARGV[i]] = true
     else
-      lost[#lost + 1] = (i - 4) / 2
+      lost[#lost + 1] = (i - 5) / 2
     end
   end
-  return {'', num('lease_ttl_ms'), lost}
+  local most = 2 * tonumber(ARGV[4])
+  for _, id in ipairs(most > 0 and call('SMEMBERS', P .. 'inst:' .. ARGV[3]) or {}) do
+    if #others >= most then break end
+    local attempt = not renewed[id] and call('HGET', P .. 'p:' .. id, 'att')
+    if attempt then others[#others + 1] = id; others[#others + 1] = tonumber(attempt) end
+  end
+  return {'', num('lease_ttl_ms'), lost, others}
 end
 
 -- release(instance, drop_reason, detail, failed, exhausted_reason, id, attempt, ...) -> released, dropped

@@ -172,11 +172,22 @@ class Prompts:
 
         return await self._bell.wait_for(run_id, "p", ask, max_wait_s=max_wait_s)
 
-    async def renew(self, run_id: str, *, instance_id: str, leases: Sequence[t.LeaseKey]) -> t.RenewedLeases:
-        """Extends leases; answers which are lost."""
-        checks.check_count("leases", len(leases), most=MAX_BATCH)
-        ttl_ms, lost = await self._store.call(run_id, "renew", instance_id, *_keys(leases))
-        return t.RenewedLeases(lost=tuple(leases[i] for i in lost), ttl_s=ttl_ms / 1000)
+    async def renew(
+        self, run_id: str, *, instance_id: str, leases: Sequence[t.LeaseKey], names_all: bool = False
+    ) -> t.RenewedLeases:
+        """Extends leases; answers which are lost, and which others there are where these are all."""
+        if leases or not names_all:
+            checks.check_count("leases", len(leases), most=MAX_BATCH)
+        most_unnamed = MAX_BATCH if names_all else 0
+        ttl_ms, lost, flat = await self._store.call(
+            run_id, "renew", instance_id, most_unnamed, *_keys(leases)
+        )
+        others = zip(flat[::2], flat[1::2], strict=True)
+        return t.RenewedLeases(
+            lost=tuple(leases[i] for i in lost),
+            ttl_s=ttl_ms / 1000,
+            unnamed=tuple(t.LeaseKey(prompt_id=i.decode(), attempt=attempt) for i, attempt in others),
+        )
 
     async def release(
         self,

@@ -13,7 +13,8 @@
 | group task | a lease        | a verdict       | slots, engines, the reward     | other samples, the router |
 | settle     | verdicts       | sealed groups,  | verdicts; the ledger           | group tasks; the ledger   |
 |            |                | released leases |                                |                           |
-| renew      | leases         | lost leases     | a third of their time to live  | the clock                 |
+| renew      | leases         | lost leases,    | a third of their time to live  | the clock                 |
+|            |                | orphans back    |                                |                           |
 | refresh    | the run        | its live config | ten seconds                    | the clock                 |
 
 Back-pressure: a group is leased only while the samples not yet generated leave room for it under
@@ -39,11 +40,12 @@ from milepost_common.metrics import Instrument
 from milepost_common.telemetry import logs, tracing
 from milepost_rollout.backoff import Backoff, BackoffPolicy
 from milepost_rollout.metrics import GROUPS_IN_FLIGHT, PAUSED, one
+from milepost_rollout.orphans import Orphans
 from milepost_rollout.roller import GroupRoller, RollRequest
 from milepost_rollout.sampler import EnginesUnavailable
 from milepost_rollout.settle import Item, Ledger, Settler
 from milepost_rollout.status import Counters
-from milepost_rollout.verdict import GIVEN_BACK, Release, Seal, fails_fast, judge, refuse
+from milepost_rollout.verdict import ANSWER_LOST, GIVEN_BACK, Release, Seal, fails_fast, judge, refuse
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +70,9 @@ class LeaseLedger(Ledger, Protocol):
         ...
 
     async def renew_leases(
-        self, run_id: str, *, instance_id: str, leases: Iterable[LeaseKey]
+        self, run_id: str, *, instance_id: str, leases: Iterable[LeaseKey], names_all: bool
     ) -> RenewedLeases:
-        """Extends leases."""
+        """Extends leases; names the others of this instance where these are all."""
         ...
 
 
@@ -113,6 +115,7 @@ class Gateway:
         self._config = RunConfig()
         self._ttl_s = DEFAULT_TTL_S
         self._groups: dict[LeaseKey, asyncio.Task[None]] = {}
+        self._orphans = Orphans()
         self._ungenerated = 0
         """Samples of leased groups that are not generated yet."""
         self._opened = asyncio.Event()
@@ -229,6 +232,7 @@ class Gateway:
         while True:
             wanted = await self._room_for_groups()
             asked = clock()
+            self._orphans.call_asked()
             try:
                 leased = await self._ledger.lease_prompts(
                     self._settings.run_id,
@@ -240,11 +244,13 @@ class Gateway:
             except MilepostError as error:
                 self._counters.leasing = f"ledger: {error}"
                 log.warning("cannot lease prompts: %s", error)
+                self._end_call()
                 await asyncio.sleep(backoff.next_s(asked_s=error.retry_after_s))
                 continue
             self._counters.leasing = "" if len(leased.leases) == wanted else f"prompts: {leased.reason}"
             for lease in leased.leases:
                 self._start(lease)
+            self._end_call()
             if leased.leases or clock() - asked >= 1.0:
                 backoff.reset()
             else:  # the ledger did not wait, for example because the run is finished
@@ -347,21 +353,38 @@ class Gateway:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(self._ttl_s / 3)
-            keys = list(self._groups)
-            for start in range(0, len(keys), _MAX_LEASES):
-                await self._renew_some(keys[start : start + _MAX_LEASES])
+            keys = [*self._groups, *self._orphans.suspects]
+            names_all = len(keys) <= _MAX_LEASES
+            for start in range(0, max(1, len(keys)), _MAX_LEASES):
+                await self._renew_some(keys[start : start + _MAX_LEASES], names_all=names_all)
 
-    async def _renew_some(self, keys: list[LeaseKey]) -> None:
+    async def _renew_some(self, keys: list[LeaseKey], *, names_all: bool) -> None:
         try:
             async with asyncio.timeout(max(1.0, self._ttl_s / 3)):
                 renewed = await self._ledger.renew_leases(
-                    self._settings.run_id, instance_id=self._settings.instance_id, leases=keys
+                    self._settings.run_id,
+                    instance_id=self._settings.instance_id,
+                    leases=keys,
+                    names_all=names_all,
                 )
         except (MilepostError, TimeoutError) as error:
             log.warning("cannot renew %d leases: %s", len(keys), str(error) or "no answer")
             return
         for key in renewed.lost:
             self._lose(key)
+        self._orphans.lost(renewed.lost)
+        self._orphans.named(renewed.unnamed)
+        self._give_back_orphans()
+
+    def _end_call(self) -> None:
+        """A LeasePrompts is over, whatever it brought."""
+        self._orphans.call_ended()
+        self._give_back_orphans()
+
+    def _give_back_orphans(self) -> None:
+        for key in self._orphans.take(self._groups.keys()):
+            log.warning("prompt %r attempt %d was leased to nobody: given back", key.prompt_id, key.attempt)
+            self._settler.submit(Item(key=key, release=ANSWER_LOST))
 
     def _lose(self, key: LeaseKey) -> None:
         task = self._groups.get(key)

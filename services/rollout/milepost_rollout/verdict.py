@@ -47,6 +47,7 @@ class Release:
 
 
 GIVEN_BACK = Release(detail="the gateway stops")
+ANSWER_LOST = Release(detail="the answer that leased it was lost")
 
 
 def judge(samples: Sequence[Sample], config: RunConfig) -> Seal | Release:

@@ -133,6 +133,32 @@ async def test_renewed_leases_last_and_others_are_reported_lost(bench) -> None:
     assert stranger.lost == (keys[0],)
 
 
+async def test_a_renewal_that_names_all_is_told_of_the_others(bench) -> None:
+    await bench.put(4)
+    leases = await bench.lease(3)
+    keys = [t.LeaseKey(prompt_id=x.prompt_id, attempt=x.attempt) for x in leases]
+    await bench.lease(1, instance="gw-2", gateway="other")
+    renew = bench.ledger.prompts.renew
+    told = await renew(bench.run_id, instance_id="gw-1", leases=keys[:1], names_all=True)
+    assert set(told.unnamed) == set(keys[1:]), "of this instance, and no other's"
+    assert (await renew(bench.run_id, instance_id="gw-1", leases=keys[:1])).unnamed == ()
+    bench.clock.advance(6)
+    await renew(bench.run_id, instance_id="gw-1", leases=keys[:1], names_all=True)
+    bench.clock.advance(6)
+    await bench.stats()  # the unnamed are not extended: reaped, and leased again
+    again = [t.LeaseKey(prompt_id=x.prompt_id, attempt=x.attempt) for x in await bench.lease(2)]
+    assert {(x.prompt_id, x.attempt) for x in again} == {(x.prompt_id, 2) for x in keys[1:]}
+    told = await renew(bench.run_id, instance_id="gw-1", leases=keys, names_all=True)
+    assert set(told.lost) == set(keys[1:]), "an older attempt names no newer one"
+    assert set(told.unnamed) == set(again)
+    assert set((await renew(bench.run_id, instance_id="gw-1", leases=(), names_all=True)).unnamed) == {
+        keys[0],
+        *again,
+    }
+    with pytest.raises(errors.InvalidArgument, match="leases: 0 given"):
+        await renew(bench.run_id, instance_id="gw-1", leases=())
+
+
 async def test_a_restarted_gateway_frees_the_leases_of_its_former_instance(bench) -> None:
     await bench.put(4)
     await bench.lease(4, instance="gw-1")

@@ -49,6 +49,8 @@ class FakeLedger:
         self.released: list[dict[str, Any]] = []
         self.renewed: list[set[str]] = []
         self.lost: set[str] = set()
+        self.lost_answers: list[str] = []
+        self.unnamed: set[LeaseKey] = set()
         self.get_run_errors: list[Exception] = []
         self.changed = asyncio.Condition()
         self.attempt = 0
@@ -77,6 +79,10 @@ class FakeLedger:
             await self.changed.wait_for(lambda: self.waiting)
         ids, self.waiting = self.waiting[:max_prompts], self.waiting[max_prompts:]
         self.attempt += 1
+        if ids[0] in self.lost_answers:
+            self.lost_answers.remove(ids[0])
+            self.unnamed = {LeaseKey(prompt_id=i, attempt=self.attempt) for i in ids}
+            raise Unavailable("the connection broke")
         leases = [
             PromptLease(
                 prompt=Prompt(prompt_id=i, text=i, label="x"),
@@ -90,12 +96,15 @@ class FakeLedger:
         return PromptLeases(leases=tuple(leases), reason="no prompts")
 
     async def renew_leases(
-        self, run_id: str, *, instance_id: str, leases: Iterable[LeaseKey]
+        self, run_id: str, *, instance_id: str, leases: Iterable[LeaseKey], names_all: bool = False
     ) -> RenewedLeases:
         keys = list(leases)
         self.renewed.append({k.prompt_id for k in keys})
         await self._notify()
-        return RenewedLeases(lost=tuple(k for k in keys if k.prompt_id in self.lost), ttl_s=1.0)
+        unnamed = tuple(self.unnamed - set(keys)) if names_all else ()
+        return RenewedLeases(
+            lost=tuple(k for k in keys if k.prompt_id in self.lost), ttl_s=1.0, unnamed=unnamed
+        )
 
     async def put_groups(self, run_id: str, *, groups: Sequence[Group]) -> tuple[SealResult, ...]:
         self.sealed.update({g.header.prompt_id: g for g in groups})
@@ -105,7 +114,9 @@ class FakeLedger:
     async def release_prompts(
         self, run_id: str, *, instance_id: str, leases: Iterable[LeaseKey], **how: Any
     ) -> ReleaseResult:
-        self.released.append({"ids": [k.prompt_id for k in leases], **how})
+        keys = list(leases)
+        self.released.append({"ids": [k.prompt_id for k in keys], **how})
+        self.unnamed -= set(keys)
         await self._notify()
         return ReleaseResult()
 
@@ -282,6 +293,22 @@ async def test_leases_are_renewed_and_lost_ones_are_cancelled():
     assert "lost" not in s.ledger.sealed
     assert "lost" not in s.ledger.given_back
     assert s.counters.settled["lease_lost"] == 1
+
+
+async def test_a_lease_whose_answer_was_lost_is_given_back_and_does_not_count():
+    s = Setup()
+    s.ledger.lost_answers = ["a"]
+    async with s.running():
+        await s.ledger.put("a")
+        await s.ledger.until(lambda: s.ledger.renewed and s.ledger.renewed[-1] == {"a"})
+        assert not s.ledger.released, "the call under way may bring it yet"
+        await s.ledger.put("b")
+        await s.ledger.until(lambda: s.ledger.released and "b" in s.ledger.sealed)
+        (how,) = s.ledger.released
+        assert (how["ids"], how["drop_reason"], how["failed"]) == (["a"], DropReason.UNSPECIFIED, False)
+        await s.ledger.put("a")
+        await s.ledger.until(lambda: "a" in s.ledger.sealed)
+    assert len(s.ledger.released) == 1
 
 
 async def test_a_prompt_that_cannot_be_rolled_out_is_dropped():
