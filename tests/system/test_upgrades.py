@@ -29,6 +29,7 @@ from stack import ARITHMETIC, MILEPOST, run, until, write_config
 
 RUN, SOURCE = "upgraded", "sums"
 STEPS_BETWEEN = 3
+START_S = 120.0  # of one process: it may have to import torch beside all others
 STOP_S = 65.0  # of the trainer, which finishes its step and saves; the others take half of it at most
 GRPC = ("buffer", "router", "rollout", "trainer")
 ENGINES = ("engine-0", "engine-1")
@@ -73,7 +74,8 @@ class Deployment:
         service = "engine" if name in ENGINES else name
         self.starts += 1
         argv = ("-m", f"milepost_{service}", "serve", "--config", str(self.config), *own, *flags)
-        self.running[name] = Launched(self.folder / f"{self.starts:02d}-{name}.log", *argv)
+        log = self.folder / f"{self.starts:02d}-{name}.log"
+        self.running[name] = Launched(log, *argv, start_s=START_S)
         line = await asyncio.to_thread(self.running[name].ready)
         assert "ready" in line, f"{name}: {self.running[name].log.read_text()[-3000:]}"
 
@@ -190,13 +192,12 @@ async def stop_in_order(deployment: Deployment) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 async def test_services_are_replaced_one_by_one_while_the_run_goes_on(
     deployment: Deployment, feeder: subprocess.Popen[bytes]
 ) -> None:
-    for name in ("buffer", "router"):
+    for name in ("buffer", "router", *ENGINES, "rollout", "trainer"):
         await deployment.start(name)
-    await asyncio.gather(*(deployment.start(name) for name in (*ENGINES, "rollout", "trainer")))
 
     async with BufferClient(deployment.at["buffer"]) as buffer:
         operator = Operator(deployment, buffer)
