@@ -2,13 +2,16 @@
 
 `RedisLink.run_id` is Redis's own run id. It is read anew on every new connection, and a restart or a
 failover breaks every connection, so that it changes with the first call that the new Redis answers.
+
+The ledger's calls go over one connection (`ask`); subscriptions and what happens once at the start over
+redis-py's pool (`client`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from milepost import errors
+from milepost_buffer.wire import Wire, open_wire
 
 SCHEMA_KEY = "mp:schema"
 SCHEMA = "1"
@@ -44,6 +48,9 @@ class RedisLink:
     def __init__(self, url: str, *, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self.url = without_password(url)
         self.run_id = ""
+        self._timeout_s = timeout_s
+        self._wire: Wire | None = None
+        self._opening: asyncio.Task[Wire] | None = None
         try:
             self.client: Redis = Redis.from_url(
                 url,
@@ -63,8 +70,34 @@ class RedisLink:
         await connection.send_command("INFO", "server")
         self.run_id = _parse_info(await connection.read_response())["run_id"]
 
+    async def ask(self, parts: Sequence[bytes], *, replies: int) -> list[Any]:
+        """Sends packed commands over the shared connection, which is opened where there is none.
+
+        Returns:
+          The replies, errors among them as exceptions.
+        """
+        wire = self._wire
+        if wire is None or not wire.is_open:
+            wire = await self._open()
+        return await wire.ask(parts, replies=replies)
+
+    async def _open(self) -> Wire:
+        """One attempt, shared by all who wait for it, so that it ends for all of them at the same time."""
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.create_task(self._connect(), name="redis")
+        return await asyncio.shield(self._opening)
+
+    async def _connect(self) -> Wire:
+        self._wire = await open_wire(self.client.connection_pool, timeout_s=self._timeout_s)
+        return self._wire
+
     async def close(self) -> None:
         """Closes every connection."""
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self._wire is not None:
+            self._wire.close()
         await self.client.aclose()
 
     async def wait_ready(self, *, wait_s: float) -> None:

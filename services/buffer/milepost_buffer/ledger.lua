@@ -13,6 +13,8 @@
 --   P p:<prompt_id>    hash    one prompt's account, see ROW below
 --   P b:<prompt_id>    string  the prompt as it was put; deleted when it is dropped outside of a step
 --   P g:<prompt_id>    string  payload of its sealed group; deleted at trim, eviction and drop
+--   P put:<i>          string  payload of the i-th group that is put, only within the transaction that puts it (MULTI, MSET,
+--                              this script, EXEC): a seal renames it, and what was not sealed is deleted
 --   P index            zset    prompt_id by order of acceptance
 --   P waiting          zset    prompt_id by order of acceptance, so that what is requeued stands at the front
 --   P rolling          zset    prompt_id by expiry of its lease in ms
@@ -115,6 +117,20 @@ local function read(id)
   for i = 1, #flat, 2 do
     local f, v = flat[i], flat[i + 1]
     row[f] = NUMERIC[f] and tonumber(v) or v
+  end
+  return row
+end
+
+-- The fields of a row that a command needs, and those that every change of a row needs. What was not read counts as not
+-- there: it may be written, and must not be erased.
+local function read_fields(id, fields)
+  local values = call('HMGET', P .. 'p:' .. id, 'state', 'seq', 'bytes', 'why', unpack(fields))
+  if not values[1] then return nil end
+  local row = setmetatable({id = id, state = tonumber(values[1]), seq = tonumber(values[2]), bytes = tonumber(values[3] or 0),
+                            why = values[4] and tonumber(values[4]) or nil}, ABSENT)
+  for i, f in ipairs(fields) do
+    local v = values[i + 4]
+    if v then row[f] = NUMERIC[f] and tonumber(v) or v end
   end
   return row
 end
@@ -526,33 +542,71 @@ local function oldest_label(row, versions)
   return label or row.llab
 end
 
-local function seal_one(id, attempt, digest, payload, facts, samples, has_error, versions)
-  local row = read(id)
+-- A command of many arguments, a thousand at a time: Lua's stack ends at some thousands.
+local function call_in_parts(name, key, args)
+  for from = 1, #args, 1000 do call(name, key, unpack(args, from, math.min(#args, from + 999))) end
+end
+
+-- What a batch of seals takes out of the indices of ROLLING and puts into those of READY: no seal looks at them, so they
+-- follow at the end, one command an index.
+local left = {ids = {}, stale = {}, instances = {}}
+local entered = {}
+
+local function leave_rolling(row)
+  left.ids[#left.ids + 1] = row.id
+  if row.stale > 0 then left.stale[#left.stale + 1] = row.id end
+  local ids = left.instances[row.inst] or {}
+  left.instances[row.inst] = ids
+  ids[#ids + 1] = row.id
+  uncount(row)
+end
+
+local function settle_indices()
+  call_in_parts('ZREM', P .. 'rolling', left.ids)
+  call_in_parts('ZREM', P .. 'rolling_labels', left.ids)
+  call_in_parts('ZREM', P .. 'rolling_stale', left.stale)
+  for instance, ids in pairs(left.instances) do call_in_parts('SREM', P .. 'inst:' .. instance, ids) end
+  call_in_parts('ZADD', P .. 'ready', entered)
+end
+
+local SEAL_FIELDS = {'att', 'seal', 'llab', 'stale', 'inst', 'src'}
+
+local function seal_one(i, id, attempt, digest, size, facts, samples, has_error, versions)
+  local row = read_fields(id, SEAL_FIELDS)
   if not row then return {NO_PROMPT, '', ''} end
   if attempt ~= row.att then return {LOST, 'attempt', key_of(row.att)} end
   if row.seal then return {row.seal == digest and DUPLICATE or CONFLICT, '', ''} end
   if row.state > ROLLING then return {LOST, 'state', key_of(row.state)} end
   if samples ~= num('samples_per_prompt') then return {INVALID, 'samples', run.samples_per_prompt} end
-  if #payload > num('max_group_bytes') then return {INVALID, 'bytes', run.max_group_bytes} end
+  if size > num('max_group_bytes') then return {INVALID, 'bytes', run.max_group_bytes} end
   if has_error and num('error_policy') ~= POLICY_MASK then return {INVALID, 'outcomes', ''} end
   local label, problem = oldest_label(row, versions)
   if problem then return problem end
   -- Its lease expired and was reaped: nobody took the prompt, but its place may have been given away.
   if row.state == WAITING and math.min(admissible(), admissible_by_bytes()) < 1 then return {LOST, 'place', ''} end
   if row.state == ROLLING and admissible_by_bytes() < 1 then wake('p') end
-  add('seal_seq', 1); add('payload_bytes', #payload)
-  call('SET', P .. 'g:' .. id, payload)
-  to_ready(row, {lab = label, sseq = num('seal_seq'), seal = digest, bytes = #payload, facts = facts})
+  add('seal_seq', 1); add('payload_bytes', size)
+  call('RENAME', P .. 'put:' .. i, P .. 'g:' .. id)
+  if row.state == ROLLING then leave_rolling(row) else leave(row) end
+  add('ready', 1)
+  write(row, {state = READY, lab = label, sseq = num('seal_seq'), seal = digest, bytes = size, facts = facts})
+  entered[#entered + 1] = label; entered[#entered + 1] = ready_member(row)
+  wake('s')
   return {SEALED, '', ''}
 end
 
--- seal(n times id, attempt, digest, payload, facts, samples, has_error, versions) -> {status, what, value} each
+-- seal(n times id, attempt, digest, bytes, facts, samples, has_error, versions) -> {status, what, value} each. The payload
+-- of the i-th lies at P put:<i>, written by the transaction that this call is part of.
 function C.seal()
-  local out = {}
+  local out, refused = {}, {}
   for a = 3, #ARGV, 8 do
-    out[#out + 1] = seal_one(ARGV[a], tonumber(ARGV[a + 1]), ARGV[a + 2], ARGV[a + 3], ARGV[a + 4], tonumber(ARGV[a + 5]),
-                             ARGV[a + 6] == '1', ARGV[a + 7])
+    local i = #out + 1
+    out[i] = seal_one(i, ARGV[a], tonumber(ARGV[a + 1]), ARGV[a + 2], tonumber(ARGV[a + 3]), ARGV[a + 4],
+                      tonumber(ARGV[a + 5]), ARGV[a + 6] == '1', ARGV[a + 7])
+    if out[i][1] ~= SEALED then refused[#refused + 1] = P .. 'put:' .. i end
   end
+  if #refused > 0 then call('UNLINK', unpack(refused)) end
+  settle_indices()
   return {'', out}
 end
 
@@ -626,9 +680,13 @@ local function sources_done()
     and call('SCARD', P .. 'sources_open') == 0
 end
 
+local STEP_FIELDS = {'att', 'facts', 'lab', 'age'}
+
 local function rows_of(step)
   local rows = {}
-  for k, id in ipairs(step_ids(step)) do rows[k] = assert(read(id), id .. ' stands in a step and has no row') end
+  for k, id in ipairs(step_ids(step)) do
+    rows[k] = assert(read_fields(id, STEP_FIELDS), id .. ' stands in a step and has no row')
+  end
   return rows
 end
 
@@ -644,11 +702,6 @@ local function pending(why, needed, waited)
           num('pub_label')}
 end
 
--- A command of many arguments, a thousand at a time: Lua's stack ends at some thousands.
-local function call_in_parts(name, key, args)
-  for from = 1, #args, 1000 do call(name, key, unpack(args, from, math.min(#args, from + 999))) end
-end
-
 -- Gives the taken groups to a step; answers their rows. What removes goes first: a full Redis refuses what grows, unless
 -- something else was written before.
 local function assign(step, taken)
@@ -656,7 +709,7 @@ local function assign(step, taken)
   for i = 1, #taken, 2 do members[#members + 1] = taken[i] end
   call_in_parts('ZREM', P .. 'ready', members)
   for k, member in ipairs(members) do
-    local row = read(string.sub(member, 18))
+    local row = read_fields(string.sub(member, 18), STEP_FIELDS)
     rows[k], ids[k] = row, row.id
     uncount(row)
     add('assigned', 1)
@@ -719,6 +772,8 @@ local function settle(row, step, pos, why)
   end
 end
 
+local COMMIT_FIELDS = {'step', 'pos'}
+
 -- commit(term, step, n, ids..., m, (id, reason)...) -> committed, checkpoint_wanted, repeated
 function C.commit()
   local term, step, n = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -732,7 +787,8 @@ function C.commit()
   local rows = {}
   for k, id in ipairs(ids) do
     if ARGV[5 + k] ~= id then return fail('STEP_IDS', 'position', k - 1, 'expected', id, 'given', ARGV[5 + k]) end
-    rows[k] = read(id)
+    rows[k] = read_fields(id, COMMIT_FIELDS)
+    if rows[k].state ~= ASSIGNED then rows[k] = read(id) end
     if step <= committed and (rows[k].state == DROPPED and rows[k].why or nil) ~= dropped[id] then
       return fail('STEP_DROPPED', 'step', key_of(step), 'prompt_id', id)
     end
@@ -744,6 +800,23 @@ function C.commit()
   return {'', step, checkpoint_wanted(), 0}
 end
 
+-- Frees what trained groups hold: payloads and facts. A row without `bytes` holds none.
+local function free_payloads(ids)
+  local keys = {}
+  for _, id in ipairs(ids) do
+    local row = read_fields(id, {})
+    if row.bytes > 0 then
+      keys[#keys + 1] = P .. 'g:' .. id
+      add('payload_bytes', -row.bytes)
+      if run.audit and row.seq <= num('audit') then call('HINCRBY', P .. 'audit', 'payload_bytes', key_of(-row.bytes)) end
+    end
+    call('HDEL', P .. 'p:' .. id, 'bytes', 'facts')
+  end
+  for from = 1, #keys, 1000 do call('UNLINK', unpack(keys, from, math.min(#keys, from + 999))) end
+  if #keys > 0 then wake('p') end
+  return #keys
+end
+
 -- trim(term, step) -> trimmed, freed, 1 if there is more to do
 function C.trim()
   local term, step = tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -753,11 +826,8 @@ function C.trim()
   local freed, seen, at = 0, 0, num('trimmed')
   while at < step and seen < TRIM_LIMIT do
     at = at + 1
-    for _, id in ipairs(step_ids(at)) do
-      local row = read(id)
-      freed, seen = freed + free_payload(row), seen + 1
-      erase(row, 'facts')
-    end
+    local ids = step_ids(at)
+    freed, seen = freed + free_payloads(ids), seen + #ids
     call('ZREM', P .. 'holes', key_of(at))
   end
   if at > num('trimmed') then set('trimmed', at) end
@@ -1029,13 +1099,6 @@ function C.rows()
     local v = call('HMGET', P .. 'p:' .. ARGV[i], unpack(FIELDS))
     out[#out + 1] = v[1] and v or {}
   end
-  return {'', out}
-end
-
--- sizes(ids...) -> bytes that each payload holds, 0 where there is none
-function C.sizes()
-  local out = {}
-  for i = 3, #ARGV do out[i - 2] = tonumber(call('HGET', P .. 'p:' .. ARGV[i], 'bytes') or 0) end
   return {'', out}
 end
 

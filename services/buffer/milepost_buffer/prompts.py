@@ -225,11 +225,10 @@ class Prompts:
                 f"groups: payloads of {size} bytes; put at most {MAX_GROUPS_BYTES} in one call"
             )
         problems = await _problems(groups, size)
-        args: list[Arg] = []
-        for group, problem in zip(groups, problems, strict=True):
-            if problem is None:
-                args += _seal_args(group)
-        answers = iter((await self._store.call(run_id, "seal", *args))[0])
+        sound = [g for g, problem in zip(groups, problems, strict=True) if problem is None]
+        args = [x for group in sound for x in _seal_args(group)]
+        payloads = [g.payload for g in sound]
+        answers = iter((await self._store.call(run_id, "seal", *args, staged=payloads))[0])
         results = tuple(
             t.SealResult(prompt_id=g.header.prompt_id, status=t.SealStatus.INVALID, message=problem)
             if problem is not None
@@ -262,7 +261,7 @@ def _seal_args(group: t.Group) -> tuple[Arg, ...]:
         h.prompt_id,
         h.attempt,
         h.digest,
-        group.payload,
+        len(group.payload),
         json.dumps(
             [h.num_tokens, h.rewards, h.num_loss_tokens, *([h.traceparent] if h.traceparent else [])],
             separators=(",", ":"),

@@ -6,8 +6,9 @@ Every mutation carries the consumer's term; the script refuses all but the newes
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 from milepost import errors
 from milepost import types as t
@@ -26,6 +27,7 @@ class Steps:
 
     def __init__(self, store: Store, bell: Bell) -> None:
         self._store, self._bell = store, bell
+        self._leased = _Sizes()
 
     async def lease(
         self, run_id: str, *, consumer_id: str, term: int, step: int, max_wait_s: float = 0.0
@@ -44,7 +46,9 @@ class Steps:
         async def ask() -> Answer[t.StepLease]:
             reply = await self._store.call(run_id, "lease_step", term, step)
             if reply[0] == 1:
-                return Answer(_leased(reply), True)
+                leased = _leased(reply)
+                self._leased.learn(run_id, leased.groups)
+                return Answer(leased, True)
             next_ms = reply[7]
             next_s = next_ms / 1000 if next_ms >= 0 else None
             return Answer(_pending(reply), False, next_s, waits=("trainer", "groups"))
@@ -122,9 +126,8 @@ class Steps:
           NotFound: one is trimmed, or was never sealed.
         """
         checks.check_count("prompt_ids", len(prompt_ids), most=MAX_FETCH)
-        [sizes] = await self._store.call(run_id, "sizes", *prompt_ids)
         prefix = prefix_of(run_id) + "g:"
-        for names in _batches(prompt_ids, sizes):
+        for names in _batches(prompt_ids, await self._sizes(run_id, prompt_ids)):
             values: list[bytes | None] = await self._store.command("MGET", *(prefix + name for name in names))
             for name, payload in zip(names, values, strict=True):
                 if payload is None:
@@ -134,6 +137,36 @@ class Steps:
                         metadata={"prompt_id": name},
                     )
                 yield name, payload
+
+    async def _sizes(self, run_id: str, prompt_ids: Sequence[str]) -> Sequence[int]:
+        if known := self._leased.of(run_id, prompt_ids):
+            return known
+        prefix = prefix_of(run_id) + "g:"
+        return await self._store.commands([("STRLEN", prefix + name) for name in prompt_ids])
+
+
+class _Sizes:
+    """How large payloads are that were leased of late: a hint, so that fetching them need not ask first.
+
+    A payload does not change while its step stands. Where a hint is wrong after all, more or less is in memory
+    at once than meant.
+    """
+
+    def __init__(self, most: int = MAX_FETCH) -> None:
+        self._most = most
+        self._known: OrderedDict[tuple[str, str], int] = OrderedDict()
+
+    def learn(self, run_id: str, groups: Iterable[t.StepGroup]) -> None:
+        """Notes the payloads of a step."""
+        for group in groups:
+            self._known[run_id, group.prompt_id] = group.payload_bytes
+        while len(self._known) > self._most:
+            self._known.popitem(last=False)
+
+    def of(self, run_id: str, prompt_ids: Sequence[str]) -> list[int] | None:
+        """Sizes of payloads, if all of them are known."""
+        sizes = [self._known.get((run_id, name)) for name in prompt_ids]
+        return None if None in sizes else cast(list[int], sizes)
 
 
 def _batches(prompt_ids: Sequence[str], sizes: Sequence[int]) -> Iterator[list[str]]:

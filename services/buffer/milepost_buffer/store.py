@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import hiredis
@@ -16,11 +16,14 @@ from milepost_buffer.connection import CALL_ERRORS, RedisLink, is_closed
 from milepost_buffer.metrics import REDIS_ERRORS, REDIS_SECONDS
 from milepost_buffer.refusals import refusal
 from milepost_common.metrics import Counter, Histogram
+from milepost_common.metrics.instruments import Series
 
 RUNS_KEY = "mp:runs"
 RETRY_AFTER_S = 1.0
 _OUT_OF_MEMORY = "OOM command not allowed"
 """Within the words of a script's error: a Redis before 7 gives that no name of its own."""
+
+_MULTI, _EXEC = hiredis.pack_command(("MULTI",)), hiredis.pack_command(("EXEC",))
 
 Arg = str | bytes | int
 Clock = Callable[[], int | None]
@@ -29,6 +32,22 @@ Clock = Callable[[], int | None]
 def prefix_of(run_id: str) -> str:
     """Prefix of a run's keys; the braces put them into one hash slot."""
     return f"mp:{{{run_id}}}:"
+
+
+def _stage(prefix: str, payloads: Sequence[bytes]) -> list[bytes]:
+    """A transaction's begin, with every payload as the value of P put:<i>; the payloads are not copied."""
+    parts: list[bytes] = []
+    between = b"%s*%d\r\n$4\r\nMSET\r\n" % (_MULTI, 1 + 2 * len(payloads))
+    for i, payload in enumerate(payloads, 1):
+        key = f"{prefix}put:{i}".encode()
+        parts += (b"%s$%d\r\n%s\r\n$%d\r\n" % (between, len(key), key, len(payload)), payload)
+        between = b"\r\n"
+    return [*parts, between]
+
+
+def _check(reply: Any) -> None:
+    if isinstance(reply, Exception):
+        raise reply
 
 
 class Store:
@@ -48,11 +67,18 @@ class Store:
         self._clock = clock
         self.seconds, self.failures = Histogram(REDIS_SECONDS), Counter(REDIS_ERRORS)
         self.asked_at: dict[str, float] = {}
+        self._known: dict[str, Series] = {}
         self._source = importlib.resources.files("milepost_buffer").joinpath("ledger.lua").read_bytes()
         self._sha = hashlib.sha1(self._source).hexdigest()
 
-    async def call(self, run_id: str, command: str, *args: Arg) -> list[Any]:
+    async def call(self, run_id: str, command: str, *args: Arg, staged: Sequence[bytes] = ()) -> list[Any]:
         """Runs one command; returns what stands behind the status.
+
+        Args:
+          run_id: the run.
+          command: its name in the script.
+          args: its arguments.
+          staged: payloads, written to P put:<i> in the same transaction: they need not pass through Lua.
 
         Raises:
           MilepostError: what the script refused, or Unavailable while Redis is away.
@@ -60,35 +86,44 @@ class Store:
         injected = self._clock() if self._clock is not None else None
         now = "" if injected is None else str(injected)
         started = time.perf_counter()
-        reply = await self._eval(prefix_of(run_id) + "run", command, now, *args)
-        self.seconds.record(time.perf_counter() - started, command)
+        prefix = prefix_of(run_id)
+        reply = await self._eval(_stage(prefix, staged) if staged else (), prefix + "run", command, now, *args)
+        self._series(command).record(time.perf_counter() - started)
         if reply[0] == b"!":
             raise refusal(run_id, reply)
         if command != "stats":
             self.asked_at[run_id] = started
         return reply[1:]
 
-    async def _eval(self, *args: Arg) -> list[Any]:
+    def _series(self, command: str) -> Series:
+        found = self._known.get(command)
+        if found is None:
+            found = self._known[command] = self.seconds.series(command)
+        return found
+
+    async def _eval(self, staging: Sequence[bytes], *args: Arg) -> list[Any]:
         try:
             try:
-                return await self._execute("EVALSHA", self._sha, 1, *args)
+                return await self._execute(staging, "EVALSHA", self._sha, 1, *args)
             except redis_errors.NoScriptError:
-                return await self._execute("EVAL", self._source, 1, *args)
+                return await self._execute(staging, "EVAL", self._source, 1, *args)
         except CALL_ERRORS as error:
             raise self.translate(error) from error
 
-    async def _execute(self, *args: Arg) -> Any:
-        """One command on a connection of the pool, packed in C; a connection that fails closes itself.
-
-        Not by `execute_command` of redis-py: that packs in Python, and retries and observes each call.
-        """
-        pool: Any = self.link.client.connection_pool
-        connection = await pool.get_connection()
-        try:
-            await connection.send_packed_command(hiredis.pack_command(cast(Any, args)))
-            return await connection.read_response()
-        finally:
-            await pool.release(connection)
+    async def _execute(self, staging: Sequence[bytes], *args: Arg) -> Any:
+        """One command; with `staging` a transaction of that and the command."""
+        packed = hiredis.pack_command(cast(Any, args))
+        if not staging:
+            [reply] = await self.link.ask([packed], replies=1)
+        else:
+            replies = await self.link.ask([*staging, packed, _EXEC], replies=4)
+            for reply in replies[:-1]:
+                _check(reply)  # what was not queued, and why
+            _check(replies[-1])
+            staged, reply = replies[-1]
+            _check(staged)
+        _check(reply)
+        return reply
 
     def translate(self, error: Exception) -> errors.MilepostError:
         """The error of our tree for what redis-py raised; it is counted."""
@@ -126,8 +161,21 @@ class Store:
         """A plain Redis command, with our errors."""
         started = time.perf_counter()
         try:
-            reply = await self._execute(*args)
-            self.seconds.record(time.perf_counter() - started, str(args[0]).lower())
+            reply = await self._execute((), *args)
+            self._series(str(args[0]).lower()).record(time.perf_counter() - started)
             return reply
+        except CALL_ERRORS as error:
+            raise self.translate(error) from error
+
+    async def commands(self, commands: Sequence[Sequence[Arg]]) -> list[Any]:
+        """Plain Redis commands of one name, sent at once; an error of one is an error of all."""
+        started = time.perf_counter()
+        try:
+            packed = b"".join([hiredis.pack_command(cast(Any, tuple(args))) for args in commands])
+            replies = await self.link.ask([packed], replies=len(commands))
+            for reply in replies:
+                _check(reply)
+            self._series(str(commands[0][0]).lower()).record(time.perf_counter() - started)
+            return replies
         except CALL_ERRORS as error:
             raise self.translate(error) from error
