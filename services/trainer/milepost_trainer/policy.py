@@ -98,14 +98,42 @@ def load_policy(
         raise FileNotFoundError(
             f"model_dir is {model_dir}: it holds no config.json; name a Hugging Face directory"
         )
-    name = attention.register()
+    lm = load_lm(
+        model_dir,
+        implementation=attention.register(),
+        dtype=dtype,
+        initial_weights=initial_weights,
+        seed=seed,
+        device=device,
+    )
+    return Policy(lm, head_chunk_tokens=head_chunk_tokens).train()
+
+
+def load_lm(
+    model_dir: Path,
+    *,
+    implementation: str,
+    dtype: torch.dtype,
+    initial_weights: str = "load",
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> nn.Module:
+    """A causal LM of transformers, attention by the name in its tables; else see ``load_policy``."""
     disable_progress_bar()
-    if initial_weights == "random":
-        config = AutoConfig.from_pretrained(model_dir)
-        here = device or torch.device("cpu")
-        with torch.random.fork_rng(devices=[here] if here.type == "cuda" else []), here:
-            torch.manual_seed(seed)
-            lm = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=dtype)
-    else:
-        lm = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation=name, dtype=dtype)
-    return Policy(cast(nn.Module, lm), head_chunk_tokens=head_chunk_tokens).train()
+    if initial_weights != "random":
+        return cast(
+            nn.Module,
+            AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation=implementation, dtype=dtype),
+        )
+    config = AutoConfig.from_pretrained(model_dir)
+    here = device or torch.device("cpu")
+    with torch.random.fork_rng(devices=[here] if here.type == "cuda" else []), here:
+        torch.manual_seed(seed)
+        drawn = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=dtype)
+    return cast(nn.Module, drawn)
+
+
+def meta_lm(model_dir: Path) -> nn.Module:
+    """The model without storage: names and shapes alone."""
+    with torch.device("meta"):
+        return cast(nn.Module, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir)))

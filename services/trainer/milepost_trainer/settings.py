@@ -190,6 +190,35 @@ class DebugSettings(Table):
         return self
 
 
+class BenchSettings(Table):
+    """What `milepost trainer bench` measures: `[trainer.bench]`."""
+
+    loops: Literal["both", "trainer", "plain"] = "both"
+    """The trainer's step, the plain loop's, or both. Several ranks measure the trainer's alone."""
+    micro_batches: int = Field(default=8, ge=1)
+    """Micro-batches of one update, on each rank."""
+    updates: int = Field(default=3, ge=1)
+    """Updates that are measured; the median counts."""
+    warmup: int = Field(default=1, ge=0)
+    """Updates before them, besides the first, which compiles."""
+    min_length: int = Field(default=512, ge=2)
+    """Shortest sequence."""
+    max_length: int = Field(default=4096, ge=2)
+    """Longest sequence; lengths are drawn uniformly."""
+    prompt_tokens: int = Field(default=128, ge=1)
+    """Tokens at the start of each sequence that carry no loss."""
+    samples_per_prompt: int = Field(default=4, ge=1)
+    """Sequences of a group."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of lengths, tokens and rewards."""
+    peak_tflops: float = Field(default=0.0, ge=0)
+    """Of one device, for model FLOP utilisation; 0: by the data sheet, where it is a known one."""
+    profile: bool = False
+    """Also run one update of each loop under torch's profiler and print where the time went."""
+    json_file: str = ""
+    """Write everything measured to this file too."""
+
+
 class SamplingTable(Table):
     """Sampling of every prompt that does not override it: `[run.sampling]`."""
 
@@ -341,3 +370,5 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """Supervised warm start."""
     debug: DebugSettings = DebugSettings()
     """Faults by order."""
+    bench: BenchSettings = BenchSettings()
+    """What `milepost trainer bench` measures."""

@@ -1,0 +1,1 @@
+"""`milepost trainer bench`: how fast this trainer is here, beside a plain loop over the same sequences."""
