@@ -395,6 +395,7 @@ class Siege:
     def defects(self) -> list[str]:
         """Lines of the logs that tell of a defect rather than of a fault."""
         signs = ("please report this", "defect in the gateway", "supervisor failed", "AssertionError")
+        signs += ("was destroyed but it is pending", "was never retrieved")
         return [
             f"{path.name}: {line}"
             for path in sorted(self.stack.run_dir.glob("logs/*.log"))

@@ -10,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
-from grpc.aio import AioRpcError, Channel
+from grpc.aio import AioRpcError, Channel, UsageError
 
 from milepost import errors, tracing
 from milepost.channel import DEFAULT_RETRY, REDIS_RUN_ID_KEY, RetryPolicy, open_channel
 from milepost.status import from_rpc_error
 
 DEFAULT_TIMEOUT_S = 10.0
+
+T = TypeVar("T")
 
 
 def duration(seconds: float | None) -> Duration | None:
@@ -31,6 +34,17 @@ def duration(seconds: float | None) -> Duration | None:
     message = Duration()
     message.FromNanoseconds(round(seconds * 1e9))
     return message
+
+
+@asynccontextmanager
+async def closing(source: AsyncIterable[T]) -> AsyncGenerator[AsyncIterator[T]]:
+    """Iterates a source of somebody else's; a generator is closed, however that ends."""
+    iterator = aiter(source)
+    try:
+        yield iterator
+    finally:
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()
 
 
 class ServiceClient:
@@ -136,6 +150,30 @@ class ServiceClient:
         finally:
             call.cancel()
 
+    async def _exchange(
+        self, method: Any, requests: AsyncGenerator[Any], *, timeout_s: float | None
+    ) -> AsyncGenerator[Any]:
+        """Streams requests in, and iterates over what comes back; never retried.
+
+        What writes is a task of ours: gRPC's own is left behind, waiting for the next request or for a
+        connection, when a call fails; and it keeps to itself what `requests` raises.
+        """
+        call = method(timeout=timeout_s, metadata=tracing.metadata())
+        writing = asyncio.create_task(_write_all(call, requests), name="write requests")
+        try:
+            async for message in call:
+                yield message
+        except AioRpcError as rpc_error:
+            raise self._explain(from_rpc_error(rpc_error)) from rpc_error
+        except asyncio.CancelledError:
+            if writing.done() and not writing.cancelled() and (error := writing.exception()):
+                raise error from None
+            raise
+        finally:
+            call.cancel()
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+
     def _explain(self, error: errors.MilepostError) -> errors.MilepostError:
         if (
             isinstance(error, errors.Unavailable | errors.DeadlineExceeded)
@@ -143,3 +181,17 @@ class ServiceClient:
         ):
             error.message = f"{self.address}: {error.message}"
         return error
+
+
+async def _write_all(call: Any, requests: AsyncGenerator[Any]) -> None:
+    """Writes until there is nothing more, or nobody who reads it; what `requests` raises ends the call."""
+    try:
+        async with aclosing(requests):
+            async for request in requests:
+                await call.write(request)
+        await call.done_writing()
+    except (AioRpcError, UsageError, asyncio.InvalidStateError):
+        return  # whoever reads is told why
+    except Exception:
+        call.cancel()
+        raise

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
-
-from grpc.aio import AioRpcError
 
 from milepost import tracing
 from milepost import types as t
-from milepost.client.base import ServiceClient, duration
+from milepost.client.base import ServiceClient, closing, duration
 from milepost.convert import from_proto, to_proto
-from milepost.status import from_rpc_error
 from milepost.v1 import rollout_pb2 as pb
 from milepost.v1 import rollout_pb2_grpc
 
@@ -34,21 +32,18 @@ class RolloutClient(ServiceClient):
 
         traceparent = tracing.active()
 
-        async def requests() -> AsyncIterator[Any]:
+        async def requests() -> AsyncGenerator[Any]:
             yield pb.RolloutRequest(options=to_proto(options or t.RolloutOptions()))
-            async for prompt in prompts:
-                request = pb.RolloutRequest(prompts=[to_proto(prompt)])
-                tracing.mark(request.prompts, traceparent)
-                yield request
+            async with closing(prompts) as each:
+                async for prompt in each:
+                    request = pb.RolloutRequest(prompts=[to_proto(prompt)])
+                    tracing.mark(request.prompts, traceparent)
+                    yield request
 
-        call = self._stub.Rollout(requests(), timeout=timeout_s, metadata=tracing.metadata())
-        try:
-            async for message in call:
+        call = self._exchange(self._stub.Rollout, requests(), timeout_s=timeout_s)
+        async with aclosing(call) as messages:
+            async for message in messages:
                 yield from_proto(t.Trajectories, message)
-        except AioRpcError as rpc_error:
-            raise self._explain(from_rpc_error(rpc_error)) from rpc_error
-        finally:
-            call.cancel()
 
     async def get_status(self) -> t.RolloutStatus:
         """What the gateway is doing."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
-from grpc.aio import AioRpcError
-
-from milepost import tracing
 from milepost import types as t
-from milepost.client.base import ServiceClient, duration
+from milepost.client.base import ServiceClient, closing, duration
 from milepost.convert import from_proto, to_proto
-from milepost.status import from_rpc_error
 from milepost.v1 import router_pb2 as pb
 from milepost.v1 import router_pb2_grpc
 
@@ -65,18 +62,15 @@ class RouterClient(ServiceClient):
     ) -> AsyncIterator[t.BucketAck]:
         """Sends bucket headers and yields the members' acknowledgements as they come; never retried."""
 
-        async def requests() -> AsyncIterator[Any]:
-            async for bucket in buckets:
-                yield to_proto(bucket)
+        async def requests() -> AsyncGenerator[Any]:
+            async with closing(buckets) as each:
+                async for bucket in each:
+                    yield to_proto(bucket)
 
-        call = self._stub.UpdateWeights(requests(), timeout=timeout_s, metadata=tracing.metadata())
-        try:
-            async for message in call:
+        call = self._exchange(self._stub.UpdateWeights, requests(), timeout_s=timeout_s)
+        async with aclosing(call) as acks:
+            async for message in acks:
                 yield from_proto(t.BucketAck, message)
-        except AioRpcError as rpc_error:
-            raise self._explain(from_rpc_error(rpc_error)) from rpc_error
-        finally:
-            call.cancel()
 
     async def commit_weights(
         self, transaction_id: str, *, fleet_epoch: int, term: int, num_buckets: int, timeout_s: float = 60.0

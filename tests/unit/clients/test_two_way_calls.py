@@ -1,0 +1,143 @@
+"""Calls that stream both ways: however one ends, nothing of it is left in the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from milepost import RouterClient
+from milepost.channel import NO_RETRY
+from milepost.client import RolloutClient
+from milepost.errors import MilepostError, Unavailable
+from milepost.types import BucketHeader, Prompt
+from milepost.v1 import rollout_pb2_grpc, router_pb2, router_pb2_grpc
+
+DEADLINE_S = 10.0
+
+
+class BreaksOff(router_pb2_grpc.RouterServiceServicer, rollout_pb2_grpc.RolloutServiceServicer):
+    """Takes the first message and ends the call; `silent`: takes all, and answers nothing."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.silent, self.taken, self.began = silent, 0, threading.Event()
+
+    def UpdateWeights(self, request_iterator: Any, context: Any) -> Iterator[Any]:
+        for _ in request_iterator:
+            self.taken += 1
+            self.began.set()
+            if not self.silent:
+                yield router_pb2.UpdateWeightsResponse()
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the router stops")
+
+    def Rollout(self, request_iterator: Any, context: Any) -> Iterator[Any]:
+        for _ in request_iterator:
+            self.taken += 1
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the gateway stops")
+        yield from ()
+
+
+@contextmanager
+def serving(servicer: BreaksOff) -> Iterator[str]:
+    """On threads of its own: every task of the event loop is the client's."""
+    server = grpc.server(ThreadPoolExecutor(2))
+    router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
+    rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        assert server.stop(None).wait(DEADLINE_S)
+
+
+def nobody() -> str:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+class Waits:
+    """Gives one message, then waits for ever; knows whether it was ended."""
+
+    def __init__(self, message: Any) -> None:
+        self._message, self.ended = message, False
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        try:
+            yield self._message
+            await asyncio.Event().wait()
+        finally:
+            self.ended = True
+
+
+@contextmanager
+def leaves_nothing() -> Iterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    assert asyncio.all_tasks() == before
+
+
+async def update(address: str, buckets: Any) -> None:
+    async with RouterClient(address, retry=NO_RETRY) as router:
+        async for _ in router.update_weights(buckets, timeout_s=DEADLINE_S):
+            pass
+
+
+async def rollout(address: str, prompts: Any) -> None:
+    async with RolloutClient(address, retry=NO_RETRY) as gateway:
+        async for _ in gateway.rollout(prompts, timeout_s=DEADLINE_S):
+            pass
+
+
+CALLS = [
+    pytest.param(update, BucketHeader(transaction_id="t", fleet_epoch=1, bucket_index=0), id="weights"),
+    pytest.param(rollout, Prompt(prompt_id="p", text="1+1="), id="rollouts"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), CALLS)
+async def test_a_server_that_breaks_off(call: Any, message: Any) -> None:
+    servicer, messages = BreaksOff(), Waits(message)
+    with serving(servicer) as address, leaves_nothing():
+        with pytest.raises(Unavailable, match="stops"):
+            await call(address, messages)
+        assert servicer.taken == 1
+        assert messages.ended
+
+
+@pytest.mark.parametrize(("call", "message"), CALLS)
+async def test_a_server_that_is_not_there(call: Any, message: Any) -> None:
+    messages = Waits(message)
+    with leaves_nothing(), pytest.raises(Unavailable):
+        await call(nobody(), messages)
+
+
+@pytest.mark.parametrize(("call", "message"), CALLS)
+async def test_a_source_that_fails_is_heard(call: Any, message: Any) -> None:
+    async def broken() -> AsyncIterator[Any]:
+        raise ValueError("the file ends in mid-line")
+        yield message
+
+    with serving(BreaksOff()) as address, leaves_nothing(), pytest.raises(ValueError, match="mid-line"):
+        await call(address, broken())
+
+
+async def test_a_caller_that_is_cancelled() -> None:
+    messages = Waits(BucketHeader(transaction_id="t", fleet_epoch=1, bucket_index=0))
+
+    servicer = BreaksOff(silent=True)
+    with serving(servicer) as address, leaves_nothing():
+        calling = asyncio.create_task(update(address, messages))
+        assert await asyncio.to_thread(servicer.began.wait, DEADLINE_S)
+        calling.cancel()
+        with pytest.raises((asyncio.CancelledError, MilepostError)):
+            await calling
+        assert messages.ended
