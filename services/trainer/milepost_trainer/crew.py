@@ -33,6 +33,7 @@ from milepost_trainer.world import World
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_LEAVE_AT_REST = ("idle", "fetch")
 Fetch = Callable[[Sequence[str]], Awaitable[dict[str, bytes]]]
 
 
@@ -116,6 +117,8 @@ class Rank:
                 return None
             case "fetch":
                 return self._start_fetch(*args)
+            case "rest":
+                return await self.on_thread(backend.rest)
             case "start_step":
                 return await self._start_step(*args)
             case "start_update":
@@ -204,6 +207,7 @@ class Crew:
         self._lock = asyncio.Lock()
         self._spoke = asyncio.Event()
         self._running: set[asyncio.Task[Any]] = set()
+        self._resting = False
 
     async def call(self, op: str, *args: Any) -> Any:
         """Have every rank do one command; returns rank 0's result.
@@ -216,6 +220,11 @@ class Crew:
         task.add_done_callback(self._settle)
         return await asyncio.shield(task)
 
+    async def rest(self) -> None:
+        """Have every rank give back the memory that it can spare, unless nothing was asked of it since."""
+        if not self._resting:
+            await self.call("rest")
+
     def _settle(self, task: asyncio.Task[Any]) -> None:
         self._running.discard(task)
         if not task.cancelled():
@@ -224,6 +233,8 @@ class Crew:
     async def _command(self, op: str, args: tuple[Any, ...]) -> Any:
         async with self._lock:
             self._spoke.set()
+            if op not in _LEAVE_AT_REST:
+                self._resting = op == "rest"
             if self._rank.world.size > 1:
                 await self._rank.on_thread(lambda: self._rank.world.broadcast((op, args)))
             return None if op == "stop" else await self._rank.perform(op, args)

@@ -46,6 +46,7 @@ class UpdateReport:
         oom_retries: how often something of it was begun again because a rank had no memory.
         max_tokens: budget of a micro-batch now.
         peaks: most memory that a rank held at once since the step began.
+        offload_s: wall seconds of this rank, since the report before, for moving state to the host and back.
     """
 
     loss: float
@@ -58,6 +59,7 @@ class UpdateReport:
     oom_retries: int = 0
     max_tokens: int = 0
     peaks: MemoryPeaks = field(default_factory=MemoryPeaks)
+    offload_s: float = 0.0
 
 
 class Learner:
@@ -96,6 +98,7 @@ class Learner:
         self._update = 0
         self._results: list[MicroBatchResult] = []
         self._memory = PeakMeter(backend.world.device)
+        self._offloaded_s = backend.offload_s
 
     def prepare(self, plan: StepPlan, groups: Mapping[str, TrainGroup]) -> PreparedStep:
         """See ``Preparer.prepare``; the learner's own state takes no part."""
@@ -180,7 +183,12 @@ class Learner:
             oom_retries=shortages + int(retries),
             max_tokens=self._plan.max_tokens,
             peaks=largest(peaks),
+            offload_s=self._offload_s(),
         )
+
+    def _offload_s(self) -> float:
+        before, self._offloaded_s = self._offloaded_s, self.backend.offload_s
+        return self._offloaded_s - before
 
     def make_update(self, index: int) -> UpdateReport:
         """A whole update, begun again as often as memory is short."""

@@ -224,6 +224,8 @@ class StepLoop:
         """
         state, publisher = self._state, self._publisher
         full = self._ledger.full
+        if self._settings.offload == "all":
+            await self._crew.rest()
         events = [asyncio.create_task(e.wait()) for e in (self._stop, publisher.changed, state.woken, full)]
         try:
             await asyncio.wait(

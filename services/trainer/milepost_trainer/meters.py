@@ -99,7 +99,7 @@ STEP = (
         when_bad="see milepost_transaction_seconds for the phase that is slow",
     ),
     _step("perf/save_model_time", "saving a checkpoint", unit="s"),
-    _step("perf/offload_time", "bringing state to the host and back, with trainer.offload", unit="s"),
+    _step("perf/offload_time", "moving state to the host and back, with trainer.offload", unit="s"),
     _step(
         "perf/max_memory_allocated_gb",
         "most device memory that tensors of one rank took at once in the step; nothing on the CPU",

@@ -345,6 +345,9 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """Lease and fetch the next step while this one trains."""
     shutdown_timeout_s: float = Field(default=60.0, gt=0)
     """A stop finishes the step and saves within this, then the process ends in any case."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What is kept on the host while the device has other uses: nothing; the optimizer's state, but while it
+    moves the parameters; or, besides, all weights while the trainer waits for groups."""
     export_dir: str = ""
     """Where the final Hugging Face export goes; empty: `final` in the checkpoint folder."""
     on_gap: Literal["fail", "regenerate", "drop"] = "fail"
@@ -368,7 +371,16 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """What is written down."""
     sft: SftSettings = SftSettings()
     """Supervised warm start."""
-    debug: DebugSettings = DebugSettings()
-    """Faults by order."""
     bench: BenchSettings = BenchSettings()
     """What `milepost trainer bench` measures."""
+    debug: DebugSettings = DebugSettings()
+    """Faults by order."""
+
+    @model_validator(mode="after")
+    def _handles_stay_valid(self) -> TrainerSettings:
+        if self.offload == "all" and self.publish.transport == "cuda_ipc":
+            raise ValueError(
+                "offload is 'all' with publish.transport 'cuda_ipc', whose engines keep the trainer's "
+                'weights open where they lie: set offload = "optimizer", or publish by another transport'
+            )
+        return self

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Wall seconds of one step. The first six add up to nearly all of it.
+    """Wall seconds of one step. The first five add up to nearly all of it.
 
     Attributes:
         wait_s: blocked in LeaseStep, fetching and packing.
@@ -18,7 +18,6 @@ class StepTimes:
         optimizer_s: clipping and moving the parameters.
         publish_s: giving weights to engines.
         checkpoint_s: saving.
-        rest_s: bringing state to the host and back, with ``trainer.offload``.
         step_s: from the end of the step before to the end of this one.
         fetch_s: fetching the payloads; beside the step before, with ``trainer.prefetch``.
         pack_s: decoding and packing them; likewise.
@@ -29,7 +28,6 @@ class StepTimes:
     optimizer_s: float = 0.0
     publish_s: float = 0.0
     checkpoint_s: float = 0.0
-    rest_s: float = 0.0
     step_s: float = 0.0
     fetch_s: float = 0.0
     pack_s: float = 0.0

@@ -1,7 +1,8 @@
 """Runs under torchrun, or alone: does the jobs of the JSON list on the command line, one after the other.
 
 A job's keys: model_dir, out (rank 0 writes its report there), steps (list of step numbers), settings (of the
-trainer), and optionally load, save, export, poison (step in which an importance ratio is made to blow up).
+trainer), and optionally load, save, export, poison (step in which an importance ratio is made to blow up) and
+rest (the backend rests before and after every step, and whatever follows finds it at rest).
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def poison(groups: dict[str, TrainGroup]) -> None:
 def train(learner: Learner, settings: TrainerSettings, job: dict[str, Any], world: World) -> list[Any]:
     reports = []
     for step in job["steps"]:
+        if job.get("rest"):
+            learner.backend.rest()
         groups = groups_of(step)
         if step == job.get("poison"):
             poison(groups)
@@ -81,7 +84,15 @@ def train(learner: Learner, settings: TrainerSettings, job: dict[str, Any], worl
                     "max_tokens": report.max_tokens,
                 }
             )
+    if job.get("rest"):
+        learner.backend.rest()
+        assert not any(local.untyped_storage().nbytes() for local in weights_of(learner.backend))
     return reports
+
+
+def weights_of(backend: Any) -> list[torch.Tensor]:
+    """What this rank holds of the policy's parameters."""
+    return [getattr(p.detach(), "_local_tensor", p) for p in backend._parameters]
 
 
 def run(job: dict[str, Any], world: World) -> None:

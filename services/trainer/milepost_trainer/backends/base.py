@@ -111,6 +111,16 @@ class Backend(ABC):
         """Forget everything since the last ``step``: gradients, and random numbers that were drawn."""
 
     @abstractmethod
+    def rest(self) -> None:
+        """Nothing is asked of the backend for a while: give memory back, as far as the settings say. Whatever
+        is called next takes it again."""
+
+    @property
+    @abstractmethod
+    def offload_s(self) -> float:
+        """Wall seconds so far that this rank spent on moving state to the host and back."""
+
+    @abstractmethod
     def step(self) -> StepResult:
         """Clip, update the parameters at the scheduled rate, and clear the gradients.
 

@@ -27,8 +27,9 @@ from milepost_trainer.backends.base import Backend, MicroBatchResult, StepResult
 from milepost_trainer.backends.faults import Faults
 from milepost_trainer.backends.gathering import Gathering
 from milepost_trainer.backends.gradients import scale_gradients, squared_norm
+from milepost_trainer.backends.offload import Shelf
 from milepost_trainer.backends.random_state import RandomState
-from milepost_trainer.backends.recovery import Recovery
+from milepost_trainer.backends.recovery import Recovery, free_unused
 from milepost_trainer.batch import MicroBatch
 from milepost_trainer.buckets import Bucket
 from milepost_trainer.export import write_hf_export
@@ -79,6 +80,9 @@ class FsdpBackend(Backend):
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        self._weights = Shelf(self._all_weights, enabled=settings.offload == "all")
+        self._moments = Shelf(self._all_moments, enabled=settings.offload != "none")
+        self._moments.put_away()
         self._recovery = Recovery(world, [m for m in (self._policy, self._reference) if m is not None])
         self._random = RandomState(world.device)
         self._faults = Faults(settings.debug, rank=world.rank)
@@ -120,6 +124,7 @@ class FsdpBackend(Backend):
     def attempt(self, work: Callable[[MicroBatch], T], batch: MicroBatch) -> T | None:
         """See ``Backend.attempt``."""
         self._random.mark()
+        self._wake()
         return self._recovery.attempt(work, batch)
 
     def discard(self) -> None:
@@ -128,12 +133,53 @@ class FsdpBackend(Backend):
         self._recovery.discard()
         self._random.restore()
 
+    def rest(self) -> None:
+        """See ``Backend.rest``."""
+        self._recovery.updated()  # modules that are still whole are resharded
+        self._weights.put_away()
+        if self._weights.is_away:
+            free_unused(self.world.device)
+
+    @property
+    def offload_s(self) -> float:
+        """See ``Backend.offload_s``."""
+        return self._weights.seconds + self._moments.seconds
+
+    def _wake(self) -> None:
+        self._bring(self._weights, what="the weights")
+
+    def _bring(self, shelf: Shelf, *, what: str) -> None:
+        def fetch() -> float:
+            shelf.fetch()
+            return 0.0
+
+        if shelf.is_away:  # on all ranks alike
+            self._recovery.together(fetch, what=f"{what}, back from the host")
+
+    def _all_weights(self) -> list[torch.Tensor]:
+        models = (self._policy, self._reference)
+        return [p.detach() for model in models if model is not None for p in model.parameters()]
+
+    def _all_moments(self) -> list[torch.Tensor]:
+        kinds = ("exp_avg", "exp_avg_sq")
+        return [state[kind] for state in self._optimizer.state.values() for kind in kinds]
+
+    @contextmanager
+    def _complete(self) -> Generator[None]:
+        """Weights and optimizer state are on the device for a while."""
+        self._wake()
+        self._bring(self._moments, what="the optimizer state")
+        try:
+            yield
+        finally:
+            self._moments.put_away()
+
     def step(self) -> StepResult:
         """See ``Backend.step``."""
         rate = self._rate()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        squared, tries = self._recovery.together(self._squared_norm, what="the gradient norm")
+        squared, tries = self._recovery.together(self._prepare_step, what="the optimizer")
         retries = tries if self.world.leads else 0
         norm = math.sqrt(squared)
         skipped = not math.isfinite(norm)
@@ -141,13 +187,16 @@ class FsdpBackend(Backend):
             scale_gradients(self._parameters, self._settings.optimizer.max_grad_norm / (norm + 1e-6))
             retries += self._recovery.move(self._optimizer)
         self._optimizer.zero_grad(set_to_none=True)
+        self._moments.put_away()
         self._random.forget()
         self._recovery.updated()
         self.num_updates += 1
         return StepResult(grad_norm=norm, learning_rate=rate, skipped=skipped, retries=retries)
 
-    def _squared_norm(self) -> float:
+    def _prepare_step(self) -> float:
+        """All that may run out of memory, before anything changes."""
         self._faults.clipping()
+        self._moments.fetch()
         return squared_norm(self._parameters)
 
     def _rate(self) -> float:
@@ -173,14 +222,17 @@ class FsdpBackend(Backend):
 
     def gather_bucket(self, bucket: Bucket) -> torch.Tensor | None:
         """See ``Backend.gather_bucket``."""
+        self._wake()
         return self._gathering.bucket(bucket)
 
     def whole_weights(self, buckets: Sequence[Bucket]) -> Mapping[str, torch.Tensor]:
         """See ``Backend.whole_weights``."""
+        self._wake()
         return self._gathering.whole(buckets)
 
     def export_hf(self, directory: Path) -> None:
         """See ``Backend.export_hf``."""
+        self._wake()
         whole: dict[str, torch.Tensor] = {}
         for name, tensor in self._named.items():
             gathered = _full(tensor.detach())
@@ -196,13 +248,13 @@ class FsdpBackend(Backend):
 
     def save(self, directory: Path) -> None:
         """See ``Backend.save``."""
-        with _quiet():
+        with _quiet(), self._complete():
             state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=self.world.mesh is None)
 
     def load(self, directory: Path) -> None:
         """See ``Backend.load``."""
-        state = self._state()
-        with _quiet():
+        with _quiet(), self._complete():
+            state = self._state()
             state_dict_loader.load(state, checkpoint_id=directory, no_dist=self.world.mesh is None)
         for parameter in self._parameters:
             self._optimizer.state[parameter]["step"].copy_(state["counters"]["adam_steps"])

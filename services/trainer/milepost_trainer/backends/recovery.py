@@ -244,8 +244,10 @@ class Recovery:
         self._row.clear()
 
     def updated(self) -> None:
-        """The passes so far have become an update."""
+        """The passes so far have become an update, or nobody wants them: the next begins a row of its own."""
         self._row.clear()
+        for part in self._parts():
+            part.reshard()
 
     def _unwind(self) -> None:
         for root in self._roots:
