@@ -5,6 +5,7 @@
 #   make test     all tests that run on a CPU
 #   make compose-test  the demo's loop in containers, killed in mid-run (needs Docker and Compose v2)
 #   make gpu-test tests that need a GPU and SGLang, which are installed into the environment beforehand
+#   make gpu-bench  publication to an engine on the trainer's GPU, beside a flat copy; needs the same
 #   make bench    speed beside peers, in ratios; BENCH_ARGS="--only router" for one of them (about 5 minutes)
 #   make lint     ruff, import rules, protos (buf, where npm is there)
 #   make types    pyright, strict
@@ -50,6 +51,11 @@ GPU_PYTHON ?= python3
 .PHONY: gpu-test
 gpu-test:
 	$(GPU_PYTHON) -m pytest tests/gpu -W default $(PYTEST_ARGS)
+
+# Publication beside a flat copy; the table is also written to runs/bench/gpu.json.
+.PHONY: gpu-bench
+gpu-bench:
+	$(GPU_PYTHON) -m benchmarks.gpu $(BENCH_ARGS)
 
 BENCH_STAMP := $(VENV)/.milepost-bench-installed
 BENCH_ARGS  ?=

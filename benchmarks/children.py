@@ -112,4 +112,5 @@ def clean_environment() -> dict[str, str]:
     ours = {k: v for k, v in os.environ.items() if not k.startswith("MILEPOST_")}
     services = ("BUFFER", "ROUTER", "ROLLOUT", "TRAINER", "ENGINE")
     ports = {f"MILEPOST_{service}__METRICS_LISTEN": "127.0.0.1:0" for service in services}
-    return {**ours, **ports, "MILEPOST_DIE_WITH_PARENT": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
+    return {**ours, **ports, "MILEPOST_DIE_WITH_PARENT": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -1,0 +1,85 @@
+"""How long requests get no token while weights are published, for `benchmarks.gpu`.
+
+Streams run through the router; each event of each is timed here. A decode step is the time between two events
+of one stream before the publication; the gap is the longest time around it in which no stream got any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from statistics import median
+
+import httpx
+
+STREAMS = 4
+TOKENS = 3500
+SETTLE_S = 0.7
+MARGIN_S = 0.25
+START_S = 30.0
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One publication under load, in seconds."""
+
+    step_s: float
+    gap_s: float
+
+
+async def gap_around(http: str, run_id: str, publish: Callable[[], Awaitable[None]]) -> Gap:
+    """Runs streams, publishes in the middle of them, and looks at when tokens came."""
+    arrivals: list[list[float]] = [[] for _ in range(STREAMS)]
+    async with httpx.AsyncClient(timeout=60.0) as client:
+        streams = [
+            asyncio.create_task(_stream(client, http, run_id, index, arrivals[index]))
+            for index in range(STREAMS)
+        ]
+        try:
+            async with asyncio.timeout(START_S):
+                while not all(len(each) > 20 for each in arrivals):  # noqa: ASYNC110  (it is their arrival)
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(SETTLE_S)
+            begun = time.perf_counter()
+            await publish()
+            ended = time.perf_counter()
+            await asyncio.sleep(SETTLE_S)
+        finally:
+            for stream in streams:
+                stream.cancel()
+            outcomes = await asyncio.gather(*streams, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return _judge(arrivals, begun, ended)
+
+
+async def _stream(
+    client: httpx.AsyncClient, http: str, run_id: str, index: int, arrivals: list[float]
+) -> None:
+    sampling = {"max_new_tokens": TOKENS, "temperature": 1.0, "ignore_eos": True}
+    body = {"input_ids": [3, 4, 5 + index], "sampling_params": sampling, "stream": True}
+    headers = {"x-milepost-run": run_id}
+    async with client.stream("POST", http + "/generate", json=body, headers=headers) as reply:
+        reply.raise_for_status()
+        async for line in reply.aiter_lines():
+            if line.startswith("data:") and "[DONE]" not in line:
+                arrivals.append(time.perf_counter())
+
+
+def _judge(arrivals: list[list[float]], begun: float, ended: float) -> Gap:
+    steps = [
+        later - earlier
+        for each in arrivals
+        for earlier, later in itertools.pairwise(each)
+        if begun - SETTLE_S < earlier and later < begun
+    ]
+    everything = sorted(x for each in arrivals for x in each)
+    around = [x for x in everything if begun - MARGIN_S < x < ended + MARGIN_S]
+    if len(steps) < 10 or not around or around[-1] < ended:
+        raise RuntimeError("streams ended before or in the publication: give them more tokens")
+    gaps = (later - earlier for earlier, later in itertools.pairwise(around))
+    return Gap(step_s=median(steps), gap_s=max(gaps))
