@@ -22,6 +22,8 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -33,7 +35,7 @@ import torch
 import uvloop
 
 from benchmarks.decoding import Gap, gap_around
-from benchmarks.publication import RUN_ID, SHAPES, Trainer, running
+from benchmarks.publication import RUN_ID, SHAPES, Fleet, Trainer, running
 
 PAUSES = ("in_place", "retract")
 WARM_UP = 2
@@ -43,24 +45,34 @@ COPY_SHARE, SMALL_S, GAP_STEPS = 0.5, 0.010, 3.0
 """What is aimed at: of a flat copy's speed at 8B; seconds at 0.6B; decode steps besides the copy."""
 
 
-async def measure(shape: str, *, device: torch.device, runs: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Everything about one shape."""
-    with tempfile.TemporaryDirectory(prefix=f"milepost-gpu-{shape}-") as name:
-        folder = Path(name)
+@asynccontextmanager
+async def fleets(
+    shapes: list[str], *, device: torch.device, options: dict[str, Any]
+) -> AsyncGenerator[dict[str, Fleet]]:
+    """One fleet a shape, started side by side; an engine at rest leaves the GPU to the others."""
+    with tempfile.TemporaryDirectory(prefix="milepost-gpu-") as name:
+        folders = {shape: Path(name) / shape for shape in shapes}
         try:
-            async with running(shape, device=device, folder=folder, options=options) as fleet:
-                trainer = await asyncio.to_thread(Trainer, shape, device, fleet)
-                return await _measure(shape, trainer, runs)
-        except Exception:
-            print(await asyncio.to_thread(_logs, folder), file=sys.stderr)
+            async with AsyncExitStack() as stack:
+                starting: dict[str, asyncio.Task[Fleet]] = {}
+                async with asyncio.TaskGroup() as group:
+                    for shape, folder in folders.items():
+                        await asyncio.to_thread(folder.mkdir)
+                        own = await stack.enter_async_context(AsyncExitStack())
+                        fleet = running(shape, device=device, folder=folder, options=options)
+                        starting[shape] = group.create_task(own.enter_async_context(fleet))
+                yield {shape: task.result() for shape, task in starting.items()}
+        except BaseException:
+            print(await asyncio.to_thread(_logs, Path(name)), file=sys.stderr)
             raise
 
 
 def _logs(folder: Path) -> str:
-    return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in folder.glob("*.log"))
+    return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in folder.glob("*/*.log"))
 
 
-async def _measure(shape: str, trainer: Trainer, runs: int) -> dict[str, Any]:
+async def measure(shape: str, trainer: Trainer, runs: int) -> dict[str, Any]:
+    """Everything about one shape."""
     flat = FlatCopy(trainer)
     found: dict[str, Any] = {"shape": shape, "bytes": trainer.size_bytes, "copies_s": flat.runs}
     for way in ("hook", "stock"):
@@ -211,14 +223,22 @@ async def main_async(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Shape after shape; results are written after each."""
     device = torch.device(arguments.device)
     results: list[dict[str, Any]] = []
-    for shape in arguments.shapes.split(","):
-        print(f"measuring {shape} ...", file=sys.stderr, flush=True)
-        found = await measure(shape, device=device, runs=arguments.runs, options=arguments.sglang)
-        results.append(found)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({**about(device), "results": results}, indent=1) + "\n")
-        print(table([found]), flush=True)
+    shapes: list[str] = arguments.shapes.split(",")
+    async with fleets(shapes, device=device, options=arguments.sglang) as started:
+        for shape, fleet in started.items():
+            print(f"measuring {shape} ...", file=sys.stderr, flush=True)
+            trainer = await asyncio.to_thread(Trainer, shape, device, fleet)
+            results.append(await measure(shape, trainer, arguments.runs))
+            del trainer
+            await asyncio.to_thread(write, arguments.out, {**about(device), "results": results})
+            print(table(results[-1:]), flush=True)
     return results
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes what there is so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> int:
