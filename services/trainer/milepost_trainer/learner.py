@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
 from milepost_trainer.backends.base import Backend, MicroBatchResult
 from milepost_trainer.batch import FloatArray, MicroBatch
@@ -26,6 +27,8 @@ from milepost_trainer.memory import MemoryPeaks, PeakMeter, largest, over_ranks
 from milepost_trainer.objectives.base import LossAggregation, Objective
 from milepost_trainer.plan import StepPlan
 from milepost_trainer.prepare import PreparedStep, PreparedUpdate, Preparer, TrainGroup
+from milepost_trainer.profiler import StepProfiler
+from milepost_trainer.settings import ProfileSettings
 from milepost_trainer.shortage import Shortage, smaller_budget
 
 __all__ = ["Learner", "TrainGroup", "UpdateReport"]
@@ -72,6 +75,7 @@ class Learner:
         *,
         loss_aggregation: LossAggregation = "token",
         vocab_size: int | None = None,
+        profiler: StepProfiler | None = None,
     ) -> None:
         """Bind a backend to an objective.
 
@@ -80,8 +84,10 @@ class Learner:
             objective: what to minimise.
             loss_aggregation: how token losses become one.
             vocab_size: token ids at or above it are refused; None checks nothing.
+            profiler: looks at the steps of its window.
         """
         self.backend = backend
+        self._profiler = profiler or StepProfiler(ProfileSettings(), rank=0, device=torch.device("cpu"))
         self._objective = objective
         self._preparer = Preparer(
             objective,
@@ -117,6 +123,7 @@ class Learner:
         """
         self._step, self._update = step, 0
         self._memory.reset()
+        self._profiler.begin_step(step.plan.step)
         self._scales = [self._scale(update) for update in step.updates]
         self._updates = [list(each.micro_batches) for each in step.updates]
         if self._budget is not None and self._budget < step.plan.max_tokens:
@@ -152,14 +159,18 @@ class Learner:
                 batch = replace(batch, reference_logprobs=scored)
             return self.backend.train_micro_batch(batch, self._objective, last=last)
 
-        result = self.backend.attempt(train, batches[index])
+        with self._profiler.part(f"micro_batch {index}"):
+            result = self.backend.attempt(train, batches[index])
         if result is not None:
             self._results.append(result)
         return self._agree(None if result is not None else self._shortage(self._update, index))
 
     def finish_update(self) -> UpdateReport:
         """Move the parameters and add up what all ranks report."""
-        result = self.backend.step()
+        with self._profiler.part("optimizer"):
+            result = self.backend.step()
+        if self._update == len(self._updates) - 1:
+            self._profiler.end_step(self._plan.step)
         world = self.backend.world
         names = sorted({name for r in self._results for name in r.sums})
         mine = [

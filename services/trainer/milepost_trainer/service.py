@@ -34,6 +34,7 @@ from milepost_trainer.learner import Learner
 from milepost_trainer.ledger import Ledger
 from milepost_trainer.loop import StepLoop
 from milepost_trainer.objectives.build import build_objective
+from milepost_trainer.profiler import StepProfiler
 from milepost_trainer.publisher import Publisher
 from milepost_trainer.recorder import Recorder
 from milepost_trainer.run_config import to_run_config
@@ -100,6 +101,7 @@ def build_learner(settings: TrainerSettings) -> tuple[World, Learner]:
         objective,
         loss_aggregation=settings.objective.loss_aggregation,
         vocab_size=backend.vocab_size,
+        profiler=StepProfiler(settings.profile, rank=world.rank, device=world.device),
     )
 
 

@@ -167,6 +167,17 @@ class SftSettings(Table):
     """Add the tokenizer's end-of-sequence token to completions that do not end with it."""
 
 
+class ProfileSettings(Table):
+    """A look inside some steps: `[trainer.profile]`."""
+
+    first_step: int = Field(default=0, ge=0)
+    """Step with which the window opens; 0: never."""
+    num_steps: int = Field(default=1, ge=1)
+    """Steps that it is open for. Traces grow by the step, and all of it is in memory until the last."""
+    dir: str = "profile"
+    """Folder of the traces and, on CUDA, the memory snapshots: one of each a rank."""
+
+
 class DebugSettings(Table):
     """Faults by order, to rehearse what happens then: `[trainer.debug]`. Not for a run that matters."""
 
@@ -373,6 +384,8 @@ class TrainerSettings(ServiceSettings, table="trainer", tables=("run",)):
     """Supervised warm start."""
     bench: BenchSettings = BenchSettings()
     """What `milepost trainer bench` measures."""
+    profile: ProfileSettings = ProfileSettings()
+    """A look inside some steps."""
     debug: DebugSettings = DebugSettings()
     """Faults by order."""
 
