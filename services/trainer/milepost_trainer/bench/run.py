@@ -119,8 +119,8 @@ def _measure_all(settings: TrainerSettings, stop: asyncio.Event) -> tuple[World,
     return world, results
 
 
-def trainer_loop(settings: TrainerSettings, learner: Learner) -> Loop:
-    """The learner's updates, over steps of the bench's workload."""
+def trainer_loop(settings: TrainerSettings, learner: Learner, *, max_tokens: int | None = None) -> Loop:
+    """The learner's updates, over steps of the bench's workload; ``max_tokens`` cuts it up otherwise."""
     world = learner.backend.world
     prepared: list[Any] = []
 
@@ -132,9 +132,10 @@ def trainer_loop(settings: TrainerSettings, learner: Learner) -> Loop:
             max_tokens=settings.max_tokens_per_micro_batch,
             num_ranks=world.size,
         )
-        mine = {name: load.groups[name] for name in load.plan.prompt_ids_of(world.rank)}
-        prepared[:] = [learner.prepare(load.plan, mine)]
-        return load
+        plan = load.plan.with_budget(max_tokens or load.plan.max_tokens)
+        mine = {name: load.groups[name] for name in plan.prompt_ids_of(world.rank)}
+        prepared[:] = [learner.prepare(plan, mine)]
+        return replace(load, plan=plan)
 
     def update() -> tuple[float, float]:
         learner.begin_step(prepared[0])
