@@ -172,10 +172,14 @@ def start_fleet(
     service: Callable[..., Launched],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Fleet]:
-    """Starts a buffer, a router and a launched engine; `bare`: and one known by its URL alone."""
+    """Starts a buffer, a router and a launched engine; `bare`: and one known by its URL alone.
 
-    def start(*, bare: bool, **launch: Any) -> Fleet:
-        url = launch_bare("bare")[1] if bare else ""
+    `bare` may be the options of that one.
+    """
+
+    def start(*, bare: bool | dict[str, Any], **launch: Any) -> Fleet:
+        options = bare if isinstance(bare, dict) else {}
+        url = launch_bare("bare", **options)[1] if bare else ""
         data = tmp_path_factory.mktemp("redis")
         buffer = service("milepost_buffer", "--listen", "127.0.0.1:0", "--data_dir", str(data))
         buffer_at = buffer.address(buffer.ready(), "grpc")

@@ -50,6 +50,7 @@ class Trainer:
         self.run_id, self.term, self.fleet = fleet.run_id, term, fleet
         self.held = self._bfloat16()
         self.seconds: list[float] = []
+        self.way: Any = None
 
     @classmethod
     async def next(cls, model: Path, fleet: Fleet) -> Trainer:
@@ -76,7 +77,7 @@ class Trainer:
         """A publisher by one transport, which watches the fleet; `changes` are settings of it."""
         given: dict[str, Any] = {"transport": transport, "bucket_bytes": 100_000, "timeout_s": 60.0}
         settings = PublishSettings(**(given | changes))
-        way = build_transport(settings, run_id=self.run_id)
+        way = self.way = build_transport(settings, run_id=self.run_id)
         sizes = [(name, "bfloat16", tuple(x.shape)) for name, x in self.held.items()]
         buckets = plan_buckets(sizes, bucket_bytes=1 << 62 if way.single_bucket else settings.bucket_bytes)
 

@@ -21,6 +21,7 @@ from milepost_engine.settings import from_command_line
 port, *flags = sys.argv[1:]
 settings = from_command_line(["--backend", "sglang", *flags])
 arguments = ["--model", str(settings.model), "--port", port, "--host", settings.host]
+arguments += ["--metrics_listen", "127.0.0.1:0"]
 server = {"module": "milepost_engine", "arguments": arguments, "port": int(port), "release": "0.5.21"}
 launcher = Launcher(settings, **server, gpu_uuids=("GPU-1",))
 sys.exit(process.run("engine", launcher.run, stop_deadline_s=settings.shutdown_timeout_s))
