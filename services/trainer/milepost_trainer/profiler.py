@@ -3,7 +3,7 @@
     begin_step(first_step) ... last update of the window's last step --> a trace and, on CUDA, a snapshot
 
 One of each for every rank. The trace is a Chrome trace (open it at ui.perfetto.dev), the snapshot torch's
-record of every allocation (open it at pytorch.org/memory_viz). Both belong to one thread, the one that trains.
+record of every allocation (open it at pytorch.org/memory_viz). Both belong to the thread that trains.
 Outside of the window a step costs two comparisons; a window whose end the run does not reach leaves nothing.
 """
 
