@@ -51,6 +51,17 @@ STEP = (
         when_bad="above 0.05 at staleness 0: engine and trainer differ in numerics, weights or template",
     ),
     _step(
+        "train/mismatch_k3_kl",
+        "KL of the engine's policy to the trainer's, by the k3 estimator, mean over tokens",
+        unit="nat",
+        when_bad="above 0.01 at staleness 0: as above; growing with staleness: lower max_staleness",
+    ),
+    _step(
+        "train/mismatch_ess",
+        "effective sample size of the tokens under importance weights of trainer to engine, by their number",
+        when_bad="below 0.9: samples are of another policy; truncated_importance_sampling, fresher samples",
+    ),
+    _step(
         "train/grad_norm",
         "largest norm of a gradient before clipping",
         when_bad="spikes: see the step's transcripts; absent: it was not finite and the update was skipped",

@@ -13,6 +13,7 @@ import numpy as np
 
 from milepost.types import StepGroup
 from milepost_trainer.learner import UpdateReport
+from milepost_trainer.objectives.mismatch import with_effective_size
 from milepost_trainer.timing import StepTimes
 
 
@@ -86,9 +87,10 @@ def shortage_notes(updates: Sequence[UpdateReport]) -> dict[str, int]:
 def _token_means(updates: Sequence[UpdateReport], tokens: int) -> dict[str, float]:
     """Means over the tokens of all updates."""
     names = sorted({name for update in updates for name in update.means})
-    return {
+    means = {
         name: sum(u.means.get(name, 0.0) * u.num_tokens for u in updates) / max(1, tokens) for name in names
     }
+    return with_effective_size(means)
 
 
 def _gib(size_bytes: int) -> float | None:

@@ -16,6 +16,7 @@ from milepost_trainer.objectives.base import Objective, token_weights
 from milepost_trainer.objectives.build import build_objective
 from milepost_trainer.objectives.grpo import Grpo
 from milepost_trainer.objectives.kl import estimate_kl
+from milepost_trainer.objectives.mismatch import mismatch_reports, with_effective_size
 from milepost_trainer.objectives.sft import Sft
 from milepost_trainer.settings import ObjectiveSettings
 
@@ -150,6 +151,36 @@ def test_truncated_importance_sampling() -> None:
     np.testing.assert_allclose(loss.detach().numpy(), golden, atol=1e-12)
     assert new.grad is not None
     np.testing.assert_allclose(new.grad.numpy(), golden, atol=1e-12)
+
+
+def test_mismatch_of_trainer_and_engine() -> None:
+    """By their formulas in float64; Kish's effective sample size, by the number of tokens."""
+    new = torch.from_numpy(NEW.copy()).requires_grad_()
+    reports = Grpo().token_loss(_micro(np.ones(3)), TokenScores(new, None)).reports
+    means = with_effective_size({name: float(value.mean()) for name, value in reports.items()})
+    difference = NEW - OLD
+    weights = np.exp(difference)
+    assert means["train_rollout_logprob_abs_diff"] == pytest.approx(np.abs(difference).mean())
+    assert means["mismatch_k3_kl"] == pytest.approx((weights - difference - 1).mean())
+    effective = weights.sum() ** 2 / (weights**2).sum()
+    assert means["mismatch_ess"] == pytest.approx(effective / len(NEW))
+    assert 0 < means["mismatch_ess"] < 1
+    assert not any("weight" in name for name in means)
+    assert all(not value.requires_grad for value in reports.values())
+
+
+def test_a_policy_that_is_the_engines_loses_no_sample() -> None:
+    sampled = torch.from_numpy(OLD)
+    means = with_effective_size(
+        {name: float(value.mean()) for name, value in mismatch_reports(sampled, sampled).items()}
+    )
+    assert (means["mismatch_ess"], means["mismatch_k3_kl"]) == (1.0, 0.0)
+
+
+def test_a_broken_token_leaves_numbers_finite() -> None:
+    reports = mismatch_reports(torch.tensor([-1e4, 0.0]), torch.tensor([0.0, -1e4]))
+    assert all(bool(value.isfinite().all()) for value in reports.values())
+    assert with_effective_size({"loss": 1.0}) == {"loss": 1.0}
 
 
 def test_sft_is_the_negative_log_likelihood() -> None:

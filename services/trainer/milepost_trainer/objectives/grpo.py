@@ -25,6 +25,7 @@ from milepost_trainer.batch import MicroBatch
 from milepost_trainer.head import TokenScores
 from milepost_trainer.objectives.base import Objective, TokenLoss
 from milepost_trainer.objectives.kl import KlEstimator, estimate_kl
+from milepost_trainer.objectives.mismatch import mismatch_reports
 
 _STD_EPS = 1e-6
 
@@ -92,7 +93,7 @@ class Grpo(Objective):
             "pg_clipfrac": (clipped < plain).float(),
             "ppo_kl": old - current,
             "ois": ratio,
-            "train_rollout_logprob_abs_diff": (current - batch.old_logprobs).abs(),
+            **mismatch_reports(current, batch.old_logprobs),
         }
         if importance is not None:
             reports["tis"] = importance
