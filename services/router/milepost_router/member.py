@@ -259,6 +259,8 @@ class Member:
         self._fleet.loaded_version(self.record, loaded)
 
     async def _forget_prefixes(self) -> None:
+        if not self.record.caches_prefixes:
+            return  # SGLang would also hand its allocator's memory back to the driver, which takes time
         try:
             await self._api.flush_cache()
         except EngineRefused as refusal:  # in_place: running requests keep their cache by choice

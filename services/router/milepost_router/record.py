@@ -31,6 +31,7 @@ class EngineRecord:
       cleaning: transactions that still tell it that they are over: it is nobody's member meanwhile.
       restart: it hangs in a collective for good: out of everything until it has been started again.
       lives: how often it was started, as far as we know.
+      caches_prefixes: it may hold KV of prefixes under older weights, unless told to forget them.
       paused_since: when we paused it; None: it runs.
       paused_total: seconds of ended pauses.
     """
@@ -57,6 +58,7 @@ class EngineRecord:
     cleaning: int = 0
     restart: bool = False
     lives: int = 0
+    caches_prefixes: bool = True
     probe_failures: int = 0
     request_failures: int = 0
     in_flight: int = 0
