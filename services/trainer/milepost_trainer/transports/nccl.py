@@ -15,6 +15,7 @@ collector, whose thread would wait for NCCL's.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import threading
 from collections.abc import Generator
@@ -33,6 +34,7 @@ from milepost_trainer.transports.cuda_ipc import gpu_uuid
 from milepost_trainer.transports.groups import GroupTransport, in_thread, new_group
 
 _LOOK_S = 0.0005
+_LIBRARY = "libnccl.so.2"
 _WATCHDOG_S = 24 * 3600.0
 _HANDS_OFF = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 _making = threading.Lock()
@@ -124,10 +126,26 @@ class NcclTransport(GroupTransport):
 
 
 def nccl_version() -> str:
-    """Of the NCCL that torch is linked with, "2.28.9"; empty where it has none."""
+    """Of the NCCL that torch runs with, "2.28.9"; empty where it has none.
+
+    torch itself names the one that it was built with, whatever was installed in its place since.
+    """
     if not dist.is_nccl_available():
         return ""
-    return ".".join(str(part) for part in nccl.version())
+    return loaded_nccl() or ".".join(str(part) for part in nccl.version())
+
+
+def loaded_nccl() -> str:
+    """The release of the library that this process has loaded; empty where it has none."""
+    try:
+        library = ctypes.CDLL(_LIBRARY, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        code = ctypes.c_int()
+        if library.ncclGetVersion(ctypes.byref(code)):
+            return ""
+    except (OSError, AttributeError):
+        return ""
+    major, rest = divmod(code.value, 10_000)
+    return f"{major}.{rest // 100}.{rest % 100}"
 
 
 @contextmanager
