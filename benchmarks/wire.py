@@ -1,8 +1,9 @@
 """What a sample of 4,096 tokens costs on the wire, counted in copies of its arrays by numpy.
 
-    wire           arrays -> message -> bytes -> message -> arrays: encoding and decoding, as gRPC does it
-    wire_types     the same from and to `milepost.types.Sample`, all its sixteen fields: the cost of the wire
-                   and of Python's objects; told, not judged
+    wire           sample -> bytes of its message, all sixteen fields, as the gateway packs it
+                   -> message -> arrays, as the learner reads them
+    wire_types     the same back to a whole `milepost.types.Sample`: the cost of the wire and of Python's
+                   objects; told, not judged
     reference      numpy copies the sample's three arrays once
 
 One process, one thread, allocator tuned as in every service. What comes back is compared with what went in.
@@ -20,7 +21,7 @@ import numpy as np
 from benchmarks.measure import Row, Side, Size, ratio_row, take_turns
 from benchmarks.samples import SAMPLE_BYTES, arrays, make_sample, same
 from milepost import types as t
-from milepost.convert import from_proto, to_proto
+from milepost.convert import from_proto, pack_sample
 from milepost.v1 import sample_pb2
 from milepost_common.process import tune_malloc
 
@@ -69,12 +70,7 @@ def _side(work: Callable[[t.Sample], Any], sample: t.Sample, turns: int) -> Side
 
 
 def _through(sample: t.Sample) -> tuple[t.Int32Array, t.UInt8Array, t.Float32Array]:
-    wire = sample_pb2.Sample(
-        tokens=sample.tokens.tobytes(),
-        loss_mask=sample.loss_mask.tobytes(),
-        logprobs=sample.logprobs.tobytes(),
-    ).SerializeToString()
-    message = sample_pb2.Sample.FromString(wire)
+    message = sample_pb2.Sample.FromString(pack_sample(sample))
     return (
         np.frombuffer(message.tokens, _TOKENS),
         np.frombuffer(message.loss_mask, _MASK),
@@ -83,7 +79,7 @@ def _through(sample: t.Sample) -> tuple[t.Int32Array, t.UInt8Array, t.Float32Arr
 
 
 def _through_types(sample: t.Sample) -> t.Sample:
-    return from_proto(t.Sample, sample_pb2.Sample.FromString(to_proto(sample).SerializeToString()))
+    return from_proto(t.Sample, sample_pb2.Sample.FromString(pack_sample(sample)))
 
 
 def _copy(sample: t.Sample) -> object:

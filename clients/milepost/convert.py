@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from milepost import packing
 from milepost import types as t
 from milepost.v1 import buffer_pb2, reward_pb2, rollout_pb2, router_pb2, sample_pb2, trainer_pb2, weights_pb2
 
@@ -124,10 +125,7 @@ def make_group(
       traceparent: of the rollout; empty: it is not traced.
     """
     ordered = sorted(samples, key=lambda s: s.index)
-    message = sample_pb2.GroupPayload(prompt=to_proto(prompt))
-    for sample in ordered:
-        fill(message.samples.add(), sample)
-    payload = message.SerializeToString()
+    payload = pack_payload(prompt, ordered)
     versions = {span.weight_version for s in ordered for span in s.version_spans}
     header = t.GroupHeader(
         prompt_id=prompt.prompt_id,
@@ -141,6 +139,23 @@ def make_group(
         traceparent=traceparent,
     )
     return t.Group(header=header, payload=payload)
+
+
+def pack_payload(prompt: t.Prompt, samples: Sequence[t.Sample]) -> bytes:
+    """The bytes of a `GroupPayload`: arrays go into them from where they lie, copied once."""
+    head = sample_pb2.GroupPayload(prompt=to_proto(prompt)).SerializeToString()
+    return packing.pack_payload(head, [(_facts_of(sample), sample) for sample in samples])
+
+
+def pack_sample(sample: t.Sample) -> bytes:
+    """The bytes of a `Sample`, packed like that."""
+    return packing.pack_sample(_facts_of(sample), sample)
+
+
+def _facts_of(sample: t.Sample) -> bytes:
+    message = sample_pb2.Sample()
+    _fill_all_but_arrays(message, sample)
+    return message.SerializeToString()
 
 
 def open_group(payload: bytes) -> t.GroupPayload:
@@ -290,8 +305,6 @@ def _timestamp(name: str, attr: str) -> tuple[Step, Read]:
 
 # ---------------------------------------------------------------------------------------------- by hand
 
-_INT32, _UINT8, _FLOAT32 = np.dtype("<i4"), np.dtype("|u1"), np.dtype("<f4")
-
 
 def _fill_prompt(message: Any, value: t.Prompt) -> None:
     message.prompt_id = value.prompt_id
@@ -328,30 +341,46 @@ def _read_prompt(message: Any) -> t.Prompt:
 
 
 def _fill_sample(message: Any, value: t.Sample) -> None:
-    message.index = value.index
-    message.tokens = _to_bytes(value.tokens, _INT32)
-    message.loss_mask = _to_bytes(value.loss_mask, _UINT8)
-    message.logprobs = _to_bytes(value.logprobs, _FLOAT32)
-    message.prompt_length = value.prompt_length
+    message.tokens = _to_bytes(value.tokens, packing.INT32)
+    message.loss_mask = _to_bytes(value.loss_mask, packing.UINT8)
+    message.logprobs = _to_bytes(value.logprobs, packing.FLOAT32)
+    _fill_all_but_arrays(message, value)
+
+
+def _fill_all_but_arrays(message: Any, value: t.Sample) -> None:
+    """A field that says nothing is left out: looking at it costs less than setting it."""
+    if value.index:
+        message.index = value.index
+    if value.prompt_length:
+        message.prompt_length = value.prompt_length
     for span in value.version_spans:
         message.version_spans.add(start=span.start, end=span.end, weight_version=span.weight_version)
-    message.version_spans_exact = value.version_spans_exact
-    message.reward = value.reward
-    message.outcome = value.outcome
+    if value.version_spans_exact:
+        message.version_spans_exact = True
+    if value.reward:
+        message.reward = value.reward
     if value.reward_parts:
         message.reward_parts.update(value.reward_parts)
-    for name in _SAMPLE_TEXTS:
-        if text := getattr(value, name):
-            setattr(message, name, text)
+    message.outcome = value.outcome
+    if value.text:
+        message.text = value.text
+    if value.error:
+        message.error = value.error
+    if value.metadata_json:
+        message.metadata_json = value.metadata_json
+    if value.engine_id:
+        message.engine_id = value.engine_id
+    if value.traceparent:
+        message.traceparent = value.traceparent
 
 
 def _read_sample(message: Any) -> t.Sample:
     sample = object.__new__(t.Sample)  # a frozen dataclass sets its sixteen fields one call each
     sample.__dict__.update(
         index=message.index,
-        tokens=np.frombuffer(message.tokens, _INT32),
-        loss_mask=np.frombuffer(message.loss_mask, _UINT8),
-        logprobs=np.frombuffer(message.logprobs, _FLOAT32),
+        tokens=np.frombuffer(message.tokens, packing.INT32),
+        loss_mask=np.frombuffer(message.loss_mask, packing.UINT8),
+        logprobs=np.frombuffer(message.logprobs, packing.FLOAT32),
         prompt_length=message.prompt_length,
         version_spans=tuple([_read_span(span) for span in message.version_spans]),
         version_spans_exact=message.version_spans_exact,
@@ -439,7 +468,6 @@ def _to_bytes(array: np.ndarray[Any, Any], wire: np.dtype[Any]) -> bytes:
     return (array if array.dtype == wire else array.astype(wire)).tobytes()
 
 
-_SAMPLE_TEXTS = ("text", "error", "metadata_json", "engine_id", "traceparent")
 _BY_HAND: Mapping[type, tuple[Step, Read]] = {
     t.Prompt: (_fill_prompt, _read_prompt),
     t.Sample: (_fill_sample, _read_sample),
