@@ -181,8 +181,8 @@ class SequenceBatch:
         """Pack some sequences into tensors.
 
         Args:
-            indexes: which sequences, in the order they are laid out. None at all gives a dummy of one token
-                without loss, so that every rank still runs the same collectives.
+            indexes: which sequences, in the order they are laid out. None at all gives a dummy without
+                loss, so that every rank still runs the same collectives.
             token_weights: float32 [S] weight of each predicted token of a sequence.
             device: where the tensors go.
 
@@ -264,13 +264,17 @@ def _ranges(starts: IntArray, lengths: IntArray) -> IntArray:
 
 
 def dummy_batch(device: torch.device | None) -> MicroBatch:
-    """One token through the model and a zero-weight prediction of it: parameters get zero gradients."""
+    """Two tokens through the model and a zero-weight prediction: parameters get zero gradients.
+
+    Not one token: a compiled layer, made for any number, is compiled anew for a single one.
+    """
     one = torch.zeros(1, dtype=torch.int64, device=device)
+    two = torch.arange(2, device=device)
     nothing = torch.zeros(1, dtype=torch.float32, device=device)
     return MicroBatch(
-        input_ids=one[None],
-        position_ids=one[None],
-        layout=PackedLayout.from_lengths([1], device=device),
+        input_ids=torch.zeros_like(two)[None],
+        position_ids=two[None],
+        layout=PackedLayout.from_lengths([2], device=device),
         source=one,
         target=one,
         temperature=None,

@@ -31,6 +31,8 @@ FULL: dict[str, Any] = PLAIN | {
 }
 LATE = PLAIN | {"fsdp": {"reduce_every_micro_batch": False, "activation_checkpointing": "full"}}
 WHOLE = PLAIN | {"fsdp": {"reshard_after_forward": False}}
+THIRD = {"max_tokens_per_micro_batch": 60, "fsdp": {"reshard_after_forward": False}}
+"""Three micro-batches on each rank, of which rank 0's last alone is above the limit, in the first step."""
 MIXED = PLAIN | {"compute_dtype": "bfloat16"}
 
 
@@ -101,6 +103,7 @@ def two(folder: Path) -> dict[str, Report]:
         jobs |= {f"plain-{place}": PLAIN | fault(place, rank=1)}
     for name in ("full", "late", "whole", "mixed"):
         jobs |= {f"{name}-{place}": jobs[name] | fault(place, rank=0) for place in ("forward", "backward")}
+    jobs |= {"third": THIRD, "third-forward": THIRD | fault("forward", rank=0)}
     return results(folder, 2, jobs)
 
 
@@ -163,6 +166,15 @@ def test_with_scores_of_other_policies_and_other_ways_to_shard(
 ) -> None:
     assert_same(two[f"{kind}-{place}"], two[kind])
     assert_was_halved(two[f"{kind}-{place}"], two[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_in_a_later_pass_with_modules_that_stayed_whole(two: dict[str, Report]) -> None:
+    """What is owed then is counted from the update's first pass: its all-gathers were made, and stay so."""
+    assert_same(two["third-forward"], two["third"])
+    assert [each["micro_batches"] for each in two["third"]["reports"]] == [3, 3]
+    assert [each["oom_retries"] for each in two["third-forward"]["reports"]] == [1, 0]
 
 
 @pytest.mark.slow

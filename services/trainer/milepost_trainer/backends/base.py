@@ -103,7 +103,7 @@ class Backend(ABC):
             any ran out, all ``discard``.
 
         Raises:
-            DoesNotFit: not even one token goes through.
+            DoesNotFit: not even two tokens go through.
         """
 
     @abstractmethod

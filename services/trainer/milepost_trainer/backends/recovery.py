@@ -6,19 +6,18 @@ the row in its middle leaves the others in a collective that nobody completes. S
     the rank that ran out                              the others
     TRYING --out of memory, anywhere in the pass-->    TRYING, in the next collective of the pass
     UNWOUND: activations are freed, FSDP is reset          .
-    PAYING: the pass again, with one token;                go on, with true weights
+    PAYING: the pass again, with two tokens;               go on, with true weights
             collectives already made are left out,         and worthless gradients
             the others are made
-         \\__________ AGREEING: one sum over the control group __________/
-               |                                       |
-         nobody failed:                         somebody failed: DISCARDING, on every rank:
-         the pass counts                        gradients since the last update, random state;
-                                                the learner plans smaller and begins the update again
+    AGREEING: one sum over the control group          AGREEING
+       nobody failed: the pass counts
+       somebody failed: DISCARDING, on every rank: gradients since the last update, random state;
+                        the learner plans smaller and begins the update again
 
 The row depends on the modules and on which of them are whole when it begins, not on the tokens. Modules may
 stay whole from one pass to the next, so the row of an update is counted from its first pass, which begins
 with all modules sharded; what is paid is the rest of that row up to the end of the pass that failed. A
-collective that itself raises may or may not have been made: that, and running out of memory with one token,
+collective that itself raises may or may not have been made: that, and running out of memory with two tokens,
 ends the process, and the launcher ends the other ranks. The others wait for a paying rank no longer than a
 collective may take.
 
@@ -149,7 +148,7 @@ class Recovery:
             batch: this rank's.
 
         Raises:
-            DoesNotFit: not even one token goes through.
+            DoesNotFit: not even two tokens go through.
         """
         if not self._row:
             for part in self._parts():
@@ -177,8 +176,8 @@ class Recovery:
         except Exception as error:
             if is_out_of_memory(error):
                 raise DoesNotFit(
-                    f"rank {self._world.rank} has no memory for one token: {error}; give the trainer more of "
-                    "it: trainer.offload, more ranks (nproc), a smaller engine on this device"
+                    f"rank {self._world.rank} has no memory for two tokens: {error}; give the trainer more "
+                    "of it: trainer.offload, more ranks (nproc), a smaller engine on this device"
                 ) from error
             raise
         if self._dues.made < made:
