@@ -37,6 +37,10 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=requiremen
     && { grep -vE '^(torch)==' /need/constraints.txt; echo "$had"; } > /tmp/constraints.txt \
     && python3 -m pip install --constraint /tmp/constraints.txt --requirement /need/trainer.txt \
     && test "$had" = "$(kept)"
+# SGLang's image has a newer NCCL than torch asks for, and both ends of a group need one release. Empty: torch's own.
+ARG NCCL=2.30.7
+RUN --mount=type=cache,target=/root/.cache/pip \
+    if [ -n "$NCCL" ]; then python3 -m pip install --no-deps "nvidia-nccl-cu13==$NCCL"; fi
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel python3 -m pip install --no-deps /wheel/*.whl
 ENV MILEPOST_TRAINER__LISTEN=0.0.0.0:7104 MILEPOST_TRAINER__METRICS_LISTEN=0.0.0.0:9104 \
     OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HOME=/home/milepost
