@@ -82,6 +82,28 @@ class RouterClient(ServiceClient):
         reply = await self._call(self._stub.CommitWeights, request, timeout_s=timeout_s)
         return from_proto(t.Committed, reply)
 
+    async def release_memory(
+        self,
+        run_id: str,
+        *,
+        term: int,
+        tags: tuple[str, ...] = (),
+        drain_s: float = 0.0,
+        lease_s: float = 600.0,
+    ) -> t.MemoryChange:
+        """Has the run's engines give up GPU memory; the router takes it back by itself after `lease_s`."""
+        request = pb.ReleaseMemoryRequest(
+            run_id=run_id, term=term, tags=tags, drain=duration(drain_s), lease=duration(lease_s)
+        )
+        reply = await self._call(self._stub.ReleaseMemory, request, timeout_s=60.0 + drain_s)
+        return t.MemoryChange(engines=tuple(reply.released), failed=dict(reply.failed))
+
+    async def resume_memory(self, run_id: str, *, term: int) -> t.MemoryChange:
+        """Has them take it back; they are STALE until they have been given weights."""
+        request = pb.ResumeMemoryRequest(run_id=run_id, term=term)
+        reply = await self._call(self._stub.ResumeMemory, request, timeout_s=60.0)
+        return t.MemoryChange(engines=tuple(reply.resumed), failed=dict(reply.failed))
+
     async def abort_weights(self, transaction_id: str, *, term: int, reason: str) -> tuple[str, ...]:
         """Ends a transaction without publishing; returns the engines that are STALE now."""
         request = pb.AbortWeightsRequest(transaction_id=transaction_id, term=term, reason=reason)

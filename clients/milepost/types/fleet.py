@@ -157,6 +157,14 @@ class BucketHeader:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryChange:
+    """Which engines released or resumed memory, and why others did not."""
+
+    engines: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineAck:
     """What one engine said to one bucket."""
 

@@ -85,6 +85,16 @@ class RouterServiceStub:
                 request_serializer=milepost_dot_v1_dot_router__pb2.AbortWeightsRequest.SerializeToString,
                 response_deserializer=milepost_dot_v1_dot_router__pb2.AbortWeightsResponse.FromString,
                 _registered_method=True)
+        self.ReleaseMemory = channel.unary_unary(
+                '/milepost.v1.RouterService/ReleaseMemory',
+                request_serializer=milepost_dot_v1_dot_router__pb2.ReleaseMemoryRequest.SerializeToString,
+                response_deserializer=milepost_dot_v1_dot_router__pb2.ReleaseMemoryResponse.FromString,
+                _registered_method=True)
+        self.ResumeMemory = channel.unary_unary(
+                '/milepost.v1.RouterService/ResumeMemory',
+                request_serializer=milepost_dot_v1_dot_router__pb2.ResumeMemoryRequest.SerializeToString,
+                response_deserializer=milepost_dot_v1_dot_router__pb2.ResumeMemoryResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer:
@@ -161,6 +171,20 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReleaseMemory(self, request, context):
+        """Has engines give up GPU memory while a trainer beside them needs it; they serve nothing meanwhile. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeMemory(self, request, context):
+        """Has them take it back; they are STALE until they have been given weights. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -213,6 +237,16 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.AbortWeights,
                     request_deserializer=milepost_dot_v1_dot_router__pb2.AbortWeightsRequest.FromString,
                     response_serializer=milepost_dot_v1_dot_router__pb2.AbortWeightsResponse.SerializeToString,
+            ),
+            'ReleaseMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseMemory,
+                    request_deserializer=milepost_dot_v1_dot_router__pb2.ReleaseMemoryRequest.FromString,
+                    response_serializer=milepost_dot_v1_dot_router__pb2.ReleaseMemoryResponse.SerializeToString,
+            ),
+            'ResumeMemory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeMemory,
+                    request_deserializer=milepost_dot_v1_dot_router__pb2.ResumeMemoryRequest.FromString,
+                    response_serializer=milepost_dot_v1_dot_router__pb2.ResumeMemoryResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -486,6 +520,60 @@ class RouterService:
             '/milepost.v1.RouterService/AbortWeights',
             milepost_dot_v1_dot_router__pb2.AbortWeightsRequest.SerializeToString,
             milepost_dot_v1_dot_router__pb2.AbortWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milepost.v1.RouterService/ReleaseMemory',
+            milepost_dot_v1_dot_router__pb2.ReleaseMemoryRequest.SerializeToString,
+            milepost_dot_v1_dot_router__pb2.ReleaseMemoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeMemory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/milepost.v1.RouterService/ResumeMemory',
+            milepost_dot_v1_dot_router__pb2.ResumeMemoryRequest.SerializeToString,
+            milepost_dot_v1_dot_router__pb2.ResumeMemoryResponse.FromString,
             options,
             channel_credentials,
             insecure,

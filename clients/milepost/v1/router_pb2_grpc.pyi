@@ -53,6 +53,10 @@ class RouterServiceStub:
     """Verifies, sets version strings, publishes in the ledger, lets the engines go on. Idempotent."""
     AbortWeights: _grpc.UnaryUnaryMultiCallable[_router_pb2.AbortWeightsRequest, _router_pb2.AbortWeightsResponse]
     """Ends a transaction without publishing; members that got a byte become STALE. Idempotent."""
+    ReleaseMemory: _grpc.UnaryUnaryMultiCallable[_router_pb2.ReleaseMemoryRequest, _router_pb2.ReleaseMemoryResponse]
+    """Has engines give up GPU memory while a trainer beside them needs it; they serve nothing meanwhile. Idempotent."""
+    ResumeMemory: _grpc.UnaryUnaryMultiCallable[_router_pb2.ResumeMemoryRequest, _router_pb2.ResumeMemoryResponse]
+    """Has them take it back; they are STALE until they have been given weights. Idempotent."""
 
 @_typing.type_check_only
 class RouterServiceAsyncStub(RouterServiceStub):
@@ -79,6 +83,10 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """Verifies, sets version strings, publishes in the ledger, lets the engines go on. Idempotent."""
     AbortWeights: _aio.UnaryUnaryMultiCallable[_router_pb2.AbortWeightsRequest, _router_pb2.AbortWeightsResponse]  # type: ignore[assignment]
     """Ends a transaction without publishing; members that got a byte become STALE. Idempotent."""
+    ReleaseMemory: _aio.UnaryUnaryMultiCallable[_router_pb2.ReleaseMemoryRequest, _router_pb2.ReleaseMemoryResponse]  # type: ignore[assignment]
+    """Has engines give up GPU memory while a trainer beside them needs it; they serve nothing meanwhile. Idempotent."""
+    ResumeMemory: _aio.UnaryUnaryMultiCallable[_router_pb2.ResumeMemoryRequest, _router_pb2.ResumeMemoryResponse]  # type: ignore[assignment]
+    """Has them take it back; they are STALE until they have been given weights. Idempotent."""
 
 class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Owns the engines."""
@@ -162,5 +170,21 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.AbortWeightsResponse, _abc.Awaitable[_router_pb2.AbortWeightsResponse]]:
         """Ends a transaction without publishing; members that got a byte become STALE. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ReleaseMemory(
+        self,
+        request: _router_pb2.ReleaseMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.ReleaseMemoryResponse, _abc.Awaitable[_router_pb2.ReleaseMemoryResponse]]:
+        """Has engines give up GPU memory while a trainer beside them needs it; they serve nothing meanwhile. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ResumeMemory(
+        self,
+        request: _router_pb2.ResumeMemoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.ResumeMemoryResponse, _abc.Awaitable[_router_pb2.ResumeMemoryResponse]]:
+        """Has them take it back; they are STALE until they have been given weights. Idempotent."""
 
 def add_RouterServiceServicer_to_server(servicer: RouterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

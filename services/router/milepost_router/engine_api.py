@@ -122,6 +122,16 @@ class EngineApi:
         """Forgets cached prefixes."""
         await self._call("POST", "/flush_cache", {}, json_reply=False)
 
+    # ------------------------------------------------------------------------------------ memory
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Gives up GPU memory; SGLang must be at rest, or dies of it."""
+        await self._call("POST", "/release_memory_occupation", {"tags": list(tags)}, json_reply=False)
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Takes it back; SGLang must have given up just that, or dies of it."""
+        await self._call("POST", "/resume_memory_occupation", {"tags": list(tags)}, json_reply=False)
+
     # ------------------------------------------------------------------------------------ weights
 
     async def set_version(self, text: str) -> None:

@@ -46,6 +46,7 @@ class Prober:
       api: makes the client of an engine.
       ledger: proves versions; None: there is none.
       interval_s, timeout_s: how often, and for how long.
+      adopt: takes over an engine whose memory an earlier router had it release; False: it is none.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Prober:
         ledger: Ledger | None,
         interval_s: float,
         timeout_s: float,
+        adopt: Callable[[EngineRecord], bool] = lambda _: False,
     ) -> None:
+        self._adopt = adopt
         self._fleet, self._pool, self._api, self._ledger = fleet, pool, api, ledger
         self._interval_s, self._timeout_s = interval_s, timeout_s
         self._looks: dict[EngineRecord, asyncio.Task[None]] = {}
@@ -140,6 +143,8 @@ class Prober:
 
     async def _settle(self, record: EngineRecord, api: EngineApi, *, new: bool) -> None:
         """Admits an engine with complete weights; frees one that an earlier router left in mid-update."""
+        if self._adopt(record):
+            return
         if record.version_string.startswith(version_string.UPDATING) and new:
             with contextlib.suppress(EngineFault):
                 await api.abort_all()

@@ -28,6 +28,7 @@ from milepost_router.engine_api import EngineApi
 from milepost_router.fleet import Fleet, Transition
 from milepost_router.http_server import HttpServer
 from milepost_router.ledger import Ledger
+from milepost_router.memory import Memory
 from milepost_router.metrics import FleetView
 from milepost_router.probe import Prober
 from milepost_router.proxy import Proxy
@@ -72,10 +73,12 @@ async def running(settings: RouterSettings) -> AsyncGenerator[Router]:
     def api(record: EngineRecord) -> EngineApi:
         return EngineApi(pool, record, timeout_s=settings.engine_call_timeout_s)
 
+    memory = Memory(fleet, api, abort_grace_s=settings.abort_grace_s)
     prober = Prober(
         fleet,
         pool,
         api,
+        adopt=memory.adopt,
         ledger=ledger,
         interval_s=settings.probe_interval_s,
         timeout_s=settings.probe_timeout_s,
@@ -90,7 +93,12 @@ async def running(settings: RouterSettings) -> AsyncGenerator[Router]:
         look_at=prober.look_at,
     )
     servicer = RouterServicer(
-        fleet, transactions, prober, changed, heartbeat_interval_s=settings.heartbeat_interval_s
+        fleet,
+        transactions,
+        prober,
+        changed,
+        memory=memory,
+        heartbeat_interval_s=settings.heartbeat_interval_s,
     )
     _join_known(fleet, settings, now=loop.time())
     prober.start()
@@ -118,6 +126,7 @@ async def running(settings: RouterSettings) -> AsyncGenerator[Router]:
             finally:
                 servicer.stop()
                 await transactions.close()
+                await memory.close()
     finally:
         await prober.close()
         if ledger is not None:

@@ -14,11 +14,13 @@ from milepost.errors import InvalidArgument
 from milepost.v1 import router_pb2 as pb
 from milepost.v1 import router_pb2_grpc
 from milepost_router.fleet import Fleet
+from milepost_router.memory import Memory
 from milepost_router.probe import Prober
 from milepost_router.signals import Signal, wait_for
 from milepost_router.transactions import Transactions, about
 
 MAX_DRAIN_S = 600.0
+MEMORY_LEASE_S, MAX_LEASE_S = 600.0, 3600.0
 WATCH_INTERVAL_S = 10.0
 _MIN_WATCH_S = 0.05
 
@@ -31,6 +33,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
       transactions: weights on their way.
       prober: told of engines that joined.
       changed: fires at each change of the fleet.
+      memory: what engines have released.
       heartbeat_interval_s: what engines are asked for.
     """
 
@@ -41,11 +44,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         prober: Prober,
         changed: Signal,
         *,
+        memory: Memory,
         heartbeat_interval_s: float,
     ) -> None:
         self._fleet, self._transactions = fleet, transactions
         self._prober, self._changed = prober, changed
-        self._heartbeat_interval_s = heartbeat_interval_s
+        self._memory, self._heartbeat_interval_s = memory, heartbeat_interval_s
         self._stopping = False
 
     def stop(self) -> None:
@@ -141,6 +145,24 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             request.transaction_id, term=request.term, reason=request.reason
         )
         return pb.AbortWeightsResponse(stale=stale)
+
+    # ------------------------------------------------------------------------------------ memory
+
+    async def ReleaseMemory(self, request: Any, context: Any) -> Any:
+        """Has engines give up memory."""
+        drain_s = _seconds(request, "drain", default=0.0, most=MAX_DRAIN_S)
+        lease_s = _seconds(request, "lease", default=MEMORY_LEASE_S, most=MAX_LEASE_S)
+        self._transactions.fence(request.run_id, request.term)
+        change = await self._memory.release(
+            request.run_id, tags=tuple(request.tags), drain_s=drain_s, lease_s=lease_s
+        )
+        return pb.ReleaseMemoryResponse(released=change.engines, failed=change.failed)
+
+    async def ResumeMemory(self, request: Any, context: Any) -> Any:
+        """Gives it back."""
+        self._transactions.fence(request.run_id, request.term)
+        change = await self._memory.resume(request.run_id)
+        return pb.ResumeMemoryResponse(resumed=change.engines, failed=change.failed)
 
 
 def _seconds(request: Any, name: str, *, default: float, most: float) -> float:

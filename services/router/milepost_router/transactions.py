@@ -105,13 +105,13 @@ class Transactions:
                 "this router has no buffer, so there are no weight versions; set [router] buffer",
                 reason="NO_LEDGER",
             )
-        self._fence(request.run_id, request.term)
+        self.fence(request.run_id, request.term)
         return await self._own(self._prepare_alone(request, self._ledger))
 
     async def _prepare_alone(self, request: t.PrepareRequest, ledger: Ledger) -> t.Prepared:
         """One preparation of a run at a time; what is open makes room."""
         async with self._locks.setdefault(request.run_id, asyncio.Lock()):
-            self._fence(request.run_id, request.term)
+            self.fence(request.run_id, request.term)
             current = self._open.get(request.run_id)
             if current is not None and current.is_answer_to(request):
                 return current.prepared
@@ -119,7 +119,7 @@ class Transactions:
                 await current.abort(f"term {request.term} prepared attempt {request.attempt}")
             return await self._prepare(request, ledger)
 
-    def _fence(self, run_id: str, term: int) -> None:
+    def fence(self, run_id: str, term: int) -> None:
         """Keeps the highest term of a run and refuses lower ones."""
         highest = self._terms.get(run_id, 0)
         if term < highest:
@@ -336,7 +336,7 @@ class Transactions:
             self._spawn(transaction.abort("the trainer's stream ended before all tensors were sent"))
 
     def _require_term(self, transaction: Transaction, term: int) -> None:
-        self._fence(transaction.plan.request.run_id, term)
+        self.fence(transaction.plan.request.run_id, term)
         if term != transaction.plan.request.term:
             raise FailedPrecondition(
                 f"term = {term}, but transaction {transaction.plan.transaction_id} belongs to term "
