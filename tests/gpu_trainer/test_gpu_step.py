@@ -47,7 +47,7 @@ def _settings(folder: Path, **changes: Any) -> TrainerSettings:
         "compute_dtype": "bfloat16",
         "max_tokens_per_micro_batch": 4096,
         "bench": bench,
-        "optimizer": {"lr": 1e-3},
+        "optimizer": {"lr": 1e-5},
     }
     return TrainerSettings(**(common | changes))
 
@@ -100,6 +100,6 @@ def test_step_equals_the_plain_loop(
     budget = 1500 if variant == "small" else None
     ours = _outcomes(trainer_loop(settings, built[0][1], max_tokens=budget))
     for step, (found, plain, exact) in enumerate(zip(ours, *references, strict=True)):
-        slack = 2e-3 * (step + 1)  # later steps start from weights that differ by noise
+        slack = 2e-3 * (step + 1)  # later steps start from weights that differ by what the first ones added
         assert abs(found[0] - exact[0]) <= 1.5 * abs(plain[0] - exact[0]) + slack
         assert abs(found[1] - exact[1]) <= 1.5 * abs(plain[1] - exact[1]) + slack * exact[1]

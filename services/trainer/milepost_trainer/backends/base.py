@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,15 +49,32 @@ class StepResult:
 class MicroBatchResult:
     """What one rank's micro-batch contributed; sums, so that ranks and micro-batches add up.
 
+    The device may still be at work on the numbers: whoever asks for the first waits for it, so ask when the
+    update is over, and the device never waits for the host between two micro-batches.
+
     Attributes:
-        loss: its share of the global loss.
         num_tokens: predicted tokens.
-        sums: name -> sum over the predicted tokens.
+        names: of the sums.
+        values: float64 [1 + names] on the device, the loss first; None for nothing but zeros.
     """
 
-    loss: float
     num_tokens: int
-    sums: Mapping[str, float]
+    names: tuple[str, ...] = ()
+    values: torch.Tensor | None = None
+
+    @cached_property
+    def loss(self) -> float:
+        """Its share of the global loss."""
+        return self._read[0]
+
+    @cached_property
+    def sums(self) -> Mapping[str, float]:
+        """Name -> sum over the predicted tokens."""
+        return dict(zip(self.names, self._read[1:], strict=True))
+
+    @cached_property
+    def _read(self) -> list[float]:
+        return [0.0] * (1 + len(self.names)) if self.values is None else self.values.tolist()
 
 
 class Backend(ABC):

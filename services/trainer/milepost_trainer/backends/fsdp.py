@@ -101,7 +101,7 @@ class FsdpBackend(Backend):
     def train_micro_batch(self, batch: MicroBatch, objective: Objective, *, last: bool) -> MicroBatchResult:
         """See ``Backend.train_micro_batch``."""
         if self.world.mesh is None and not batch.has_loss:
-            return MicroBatchResult(loss=0.0, num_tokens=0, sums={})
+            return MicroBatchResult(num_tokens=0)
         if isinstance(self._policy, FSDPModule):
             self._accumulate(self._policy, last=last)
         scores = self._policy(batch, with_entropy=self._settings.objective.entropy)
@@ -356,9 +356,9 @@ def _full(tensor: torch.Tensor) -> torch.Tensor:
 def _summarise(
     loss: torch.Tensor, batch: MicroBatch, reports: Mapping[str, torch.Tensor]
 ) -> MicroBatchResult:
-    """Bring all numbers to the host in one transfer; the dummy of an idle rank counts as nothing."""
+    """Add up what is reported, on the device; the dummy of an idle rank counts as nothing."""
+    names = tuple(reports)
     if not batch.has_loss:
-        return MicroBatchResult(loss=0.0, num_tokens=0, sums=dict.fromkeys(reports, 0.0))
-    values = torch.stack([loss.double(), *(value.double().sum() for value in reports.values())]).tolist()
-    sums = dict(zip(reports, values[1:], strict=True))
-    return MicroBatchResult(loss=values[0], num_tokens=batch.num_predicted, sums=sums)
+        return MicroBatchResult(num_tokens=0, names=names)
+    values = torch.stack([loss.double(), *(value.double().sum() for value in reports.values())])
+    return MicroBatchResult(num_tokens=batch.num_predicted, names=names, values=values)
