@@ -202,3 +202,13 @@ def test_sglang_is_left_to_its_launcher_and_given_the_time_that_it_takes_to_star
     assert (engine.ready_timeout_s, engine.liveness_timeout_s) == (700.0, 0.0)
     (ours,) = (s for s in plan(FILE, "--engines", "1").specs if s.name == "engine-0")
     assert ours.liveness_timeout_s > 0
+
+
+def test_engines_and_trainer_see_the_gpus_that_they_are_given() -> None:
+    made = plan(f'{FILE}[up]\nengines = 2\nengine_gpus = ["1", "2,3"]\ntrainer_gpus = "0"\n')
+    seen = {s.name: s.environ.get("CUDA_VISIBLE_DEVICES") for s in made.specs}
+    assert (seen["trainer"], seen["engine-0"], seen["engine-1"]) == ("0", "1", "2,3")
+    assert seen["router"] is seen["rollout"] is None
+    assert all("CUDA_VISIBLE_DEVICES" not in s.environ for s in plan().specs)
+    with pytest.raises(InvalidArgument, match=r"up\.engine_gpus .* 1 engines, up\.engines = 2"):
+        plan(f'{FILE}[up]\nengines = 2\nengine_gpus = ["1"]\n')

@@ -71,6 +71,11 @@ class _Planner:
         self._metrics_listen: dict[str, str] = {}
 
     def specs(self) -> list[ChildSpec]:
+        if self._up.engine_gpus and len(self._up.engine_gpus) != self._up.engines:
+            raise InvalidArgument(
+                f"setting up.engine_gpus names the GPUs of {len(self._up.engine_gpus)} engines, up.engines = "
+                f"{self._up.engines}; give one entry an engine, or none"
+            )
         trainer = [self._trainer()] if self._up.trainer else []  # first: it names the model of the others
         specs = [self._buffer(), self._router()]
         specs += [self._engine(i) for i in range(self._up.engines)]
@@ -109,6 +114,7 @@ class _Planner:
             ]
 
         spec = self._spec("engine", flags, needs=("router",), name=name)
+        spec = _on_gpus(spec, self._up.engine_gpus[index] if self._up.engine_gpus else "")
         if getattr(service.values, "backend", "cpu") == "cpu":
             return spec
         # Its launcher watches over SGLang, which takes minutes to start, and is silent while it is paused.
@@ -148,6 +154,7 @@ class _Planner:
 
         stop_s = max(self._up.stop_timeout_s, float(getattr(service.values, "shutdown_timeout_s", 0)) + 5)
         spec = self._spec("trainer", flags, needs=("buffer", "router"), stop_timeout_s=stop_s)
+        spec = _on_gpus(spec, self._up.trainer_gpus)
         return replace(spec, final_codes=_TRAINER_FINAL, ends_run=_TRAINER_ENDS_RUN)
 
     def _feed(self) -> ChildSpec:
@@ -246,6 +253,10 @@ class _Service:
     def default(self, key: str, value: str) -> list[str]:
         """A flag, if nobody set it."""
         return [f"--{key}", value] if key not in self.given else []
+
+
+def _on_gpus(spec: ChildSpec, gpus: str) -> ChildSpec:
+    return replace(spec, environ={**spec.environ, "CUDA_VISIBLE_DEVICES": gpus}) if gpus else spec
 
 
 def _telemetry(up: UpSettings) -> dict[str, str]:

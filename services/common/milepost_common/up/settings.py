@@ -16,7 +16,12 @@ class UpSettings(ServiceSettings, table="up"):
     """Folder of logs, `up.json`, and whatever the services are not told to put elsewhere; empty:
     `runs/<run_id>`."""
     engines: int = Field(default=1, ge=0, le=64)
-    """CPU engines to start; 0 when `[router] engines` names others."""
+    """Engines to start; 0 when `[router] engines` names others."""
+    engine_gpus: tuple[str, ...] = ()
+    """CUDA_VISIBLE_DEVICES of each engine, for example `["1", "2,3"]`; empty: as `milepost up` has it, and
+    several engines on GPUs would all take the first one."""
+    trainer_gpus: str = ""
+    """CUDA_VISIBLE_DEVICES of the trainer; empty: as `milepost up` has it."""
     rollout: bool = True
     """Start the rollout gateway."""
     trainer: bool = True
