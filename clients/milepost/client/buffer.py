@@ -10,6 +10,7 @@ from milepost import types as t
 from milepost.client.base import ServiceClient, duration
 from milepost.convert import fill, from_proto, to_proto
 from milepost.errors import DataLoss
+from milepost.groups import pack_put
 from milepost.v1 import buffer_pb2 as pb
 from milepost.v1 import buffer_pb2_grpc
 
@@ -22,6 +23,9 @@ class BufferClient(ServiceClient):
     def __init__(self, address: str, **options: Any) -> None:
         super().__init__(address, **options)
         self._stub: Any = buffer_pb2_grpc.BufferServiceStub(self._channel)
+        self._put_groups: Any = self._channel.unary_unary(  # of bytes: the request is packed here
+            "/milepost.v1.BufferService/PutGroups", response_deserializer=pb.PutGroupsResponse.FromString
+        )
 
     # ------------------------------------------------------------------ runs
 
@@ -147,10 +151,7 @@ class BufferClient(ServiceClient):
 
     async def put_groups(self, run_id: str, *, groups: Sequence[t.Group]) -> tuple[t.SealResult, ...]:
         """Seals groups, each on its own; one result a group, in order."""
-        request = pb.PutGroupsRequest(run_id=run_id)
-        for group in groups:
-            fill(request.groups.add(), group)  # in place: a message that is given is copied, payload and all
-        reply = await self._call(self._stub.PutGroups, request)
+        reply = await self._call(self._put_groups, pack_put(run_id, groups))
         return tuple(from_proto(t.SealResult, r) for r in reply.results)
 
     # ------------------------------------------------------------------ learners

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from milepost import errors
-from milepost.v1.buffer_pb2_grpc import add_BufferServiceServicer_to_server
 from milepost.v1.weights_pb2_grpc import add_WeightServiceServicer_to_server
 from milepost_buffer import buffer_servicer, weight_servicer
 from milepost_buffer.embedded import EmbeddedRedis
@@ -41,9 +40,8 @@ async def serving(settings: BufferSettings) -> AsyncGenerator[tuple[GrpcServer, 
             )
         )
         server = GrpcServer(listen=settings.listen, advertise=settings.advertise)
-        server.add(
-            add_BufferServiceServicer_to_server, buffer_servicer.BufferServicer(ledger), buffer_servicer.NAME
-        )
+        servicer = buffer_servicer.BufferServicer(ledger)
+        server.add(buffer_servicer.add_to_server, servicer, buffer_servicer.NAME)
         server.add(
             add_WeightServiceServicer_to_server, weight_servicer.WeightServicer(ledger), weight_servicer.NAME
         )

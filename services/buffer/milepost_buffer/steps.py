@@ -27,7 +27,7 @@ class Steps:
 
     def __init__(self, store: Store, bell: Bell) -> None:
         self._store, self._bell = store, bell
-        self._leased = _Sizes()
+        self._known = _Sizes()
 
     async def lease(
         self, run_id: str, *, consumer_id: str, term: int, step: int, max_wait_s: float = 0.0
@@ -47,7 +47,7 @@ class Steps:
             reply = await self._store.call(run_id, "lease_step", term, step)
             if reply[0] == 1:
                 leased = _leased(reply)
-                self._leased.learn(run_id, leased.groups)
+                self._known.learn(run_id, leased.groups)
                 return Answer(leased, True)
             next_ms = reply[7]
             next_s = next_ms / 1000 if next_ms >= 0 else None
@@ -139,7 +139,7 @@ class Steps:
                 yield name, payload
 
     async def _sizes(self, run_id: str, prompt_ids: Sequence[str]) -> Sequence[int]:
-        if known := self._leased.of(run_id, prompt_ids):
+        if known := self._known.of(run_id, prompt_ids):
             return known
         prefix = prefix_of(run_id) + "g:"
         return await self._store.commands([("STRLEN", prefix + name) for name in prompt_ids])
@@ -148,8 +148,8 @@ class Steps:
 class _Sizes:
     """How large payloads are that were leased of late: a hint, so that fetching them need not ask first.
 
-    A payload does not change while its step stands. Where a hint is wrong after all, more or less is in memory
-    at once than meant.
+    A payload does not change while its step stands. Where a hint is wrong after all, more or less is in
+    memory at once than meant.
     """
 
     def __init__(self, most: int = MAX_FETCH) -> None:

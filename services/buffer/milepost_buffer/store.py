@@ -87,7 +87,9 @@ class Store:
         now = "" if injected is None else str(injected)
         started = time.perf_counter()
         prefix = prefix_of(run_id)
-        reply = await self._eval(_stage(prefix, staged) if staged else (), prefix + "run", command, now, *args)
+        reply = await self._eval(
+            _stage(prefix, staged) if staged else (), prefix + "run", command, now, *args
+        )
         self._series(command).record(time.perf_counter() - started)
         if reply[0] == b"!":
             raise refusal(run_id, reply)

@@ -1,4 +1,4 @@
-"""One connection to Redis that many calls share: each sends its commands at once, answers come in their order.
+"""One connection to Redis that many calls share: each sends its commands at once, answers come in order.
 
     wire = await open_wire(pool, timeout_s=8.0)
     [reply] = await wire.ask([hiredis.pack_command(("GET", key))], replies=1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self, cast
 
@@ -52,10 +52,10 @@ class GrpcServer:
     def __init__(self, *, listen: str, advertise: str = "", grace_s: float = GRACE_S) -> None:
         self._listen, self._advertise, self._grace_s = listen, advertise, grace_s
         self.meter = CallMeter()
-        self._server = aio.server(
-            interceptors=[*outer_interceptors(), ErrorInterceptor(self.meter), *inner_interceptors()],
-            options=SERVER_OPTIONS,
-        )
+        errors_and_calls, inner = ErrorInterceptor(self.meter), inner_interceptors()
+        guards: list[aio.ServerInterceptor] = [errors_and_calls, *inner] if inner else []
+        self._server = aio.server(interceptors=[*outer_interceptors(), *guards], options=SERVER_OPTIONS)
+        self._registry: Any = self._server if inner else _Registry(self._server, errors_and_calls)
         self._health = HealthServicer()
         self._names: list[str] = []
         self.port = 0
@@ -67,7 +67,7 @@ class GrpcServer:
 
     def add(self, add_to_server: Callable[[Any, Any], None], servicer: Any, name: str) -> None:
         """Adds a servicer; `name` is its full service name, for health and reflection."""
-        add_to_server(servicer, self._server)
+        add_to_server(servicer, self._registry)
         self._names.append(name)
 
     async def start(self) -> None:
@@ -78,7 +78,7 @@ class GrpcServer:
           Unavailable: the address cannot be bound.
         """
         check_address("listen", self._listen, lowest_port=0)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._registry)
         add_reflection(self._server, names=[*self._names, health.SERVICE_NAME])
         try:
             self.port = self._server.add_insecure_port(self._listen)
@@ -103,6 +103,32 @@ class GrpcServer:
         await self.stop()
 
 
+class _Registry:
+    """What services are added to where nothing stands between a handler and its guard.
+
+    Then handlers are guarded where gRPC looks them up: an interceptor costs every call two coroutines.
+    """
+
+    def __init__(self, server: aio.Server, guard: ErrorInterceptor) -> None:
+        self._server, self._guard = server, guard
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Adds handlers, guarded."""
+        self._server.add_generic_rpc_handlers([_Guarded(h, self._guard) for h in handlers])
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
+        """Generated code says the same twice; asyncio's server has no use for the second."""
+
+
+class _Guarded(grpc.GenericRpcHandler):
+    def __init__(self, inner: grpc.GenericRpcHandler, guard: ErrorInterceptor) -> None:
+        self._inner, self._guard = inner, guard
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler = self._inner.service(handler_call_details)
+        return handler and self._guard.guarded(handler, str(handler_call_details.method))
+
+
 class ErrorInterceptor(aio.ServerInterceptor):
     """Turns what servicers raise into a gRPC status with details, and counts how calls end."""
 
@@ -117,15 +143,16 @@ class ErrorInterceptor(aio.ServerInterceptor):
     ) -> Any:
         """Wraps the handler by its kind."""
         handler: Any = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        method = str(handler_call_details.method)
+        return handler and self.guarded(handler, str(handler_call_details.method))
+
+    def guarded(self, handler: Any, method: str) -> Any:
+        """The handler with the guard around it, made once."""
         known = self._made.get(method)
         if known is None or known[0] is not handler:  # another one for each call that is traced
-            known = self._made[method] = handler, self._guarded(handler, method)
+            known = self._made[method] = handler, self._wrapped(handler, method)
         return known[1]
 
-    def _guarded(self, handler: Any, method: str) -> Any:
+    def _wrapped(self, handler: Any, method: str) -> Any:
         codec: dict[str, Any] = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,

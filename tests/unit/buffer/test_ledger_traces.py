@@ -14,8 +14,7 @@ from opentelemetry import trace
 from milepost import BufferClient
 from milepost import tracing as client
 from milepost import types as t
-from milepost.v1.buffer_pb2_grpc import add_BufferServiceServicer_to_server
-from milepost_buffer.buffer_servicer import NAME, BufferServicer
+from milepost_buffer.buffer_servicer import NAME, BufferServicer, add_to_server
 from milepost_common.server import GrpcServer
 from milepost_common.telemetry import tracing
 from spans import recording
@@ -28,7 +27,7 @@ AGAINST = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
 async def serving(bench: Any) -> AsyncIterator[BufferClient]:
     """The bench's ledger over a socket."""
     async with GrpcServer(listen="127.0.0.1:0", grace_s=0.1) as server:
-        server.add(add_BufferServiceServicer_to_server, BufferServicer(bench.ledger), NAME)
+        server.add(add_to_server, BufferServicer(bench.ledger), NAME)
         await server.start()
         async with BufferClient(server.address) as buffer:
             yield buffer
