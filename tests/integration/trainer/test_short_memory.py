@@ -107,7 +107,7 @@ def witness(stack: Any) -> Witness:
 async def test_a_sequence_that_never_fits_ends_the_trainer_with_its_name(stack: Any, rolling: Any) -> None:
     await stack.start()
     stack.start_engine("engine")
-    trainer = stack.start_trainer("--publish.transport", "shm", "--nproc", "2", *short_of_memory(tokens=1))
+    trainer = stack.start_trainer("--publish.transport", "shm", "--nproc", "2", *short_of_memory(tokens=2))
     async with BufferClient(stack.buffer) as buffer:
         await trainer.ready()
         rolling(buffer, stack.run_id)
