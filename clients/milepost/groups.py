@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 from milepost import types as t
 from milepost.convert import to_proto
+from milepost.packing import head
 from milepost.v1 import buffer_pb2 as pb
 from milepost.v1 import sample_pb2
-
-_LENGTH_FOLLOWS = 2
 
 
 class Chunk(NamedTuple):
@@ -29,23 +28,10 @@ class Chunk(NamedTuple):
     total_bytes: int
 
 
-def _tag(number: int) -> bytes:
-    return _varint(number << 3 | _LENGTH_FOLLOWS)
-
-
-def _varint(number: int) -> bytes:
-    digits = bytearray()
-    while number > 0x7F:
-        digits.append(number & 0x7F | 0x80)
-        number >>= 7
-    digits.append(number)
-    return bytes(digits)
-
-
-_HEADER, _PAYLOAD = _tag(sample_pb2.Group.HEADER_FIELD_NUMBER), _tag(sample_pb2.Group.PAYLOAD_FIELD_NUMBER)
-_GROUPS = _tag(pb.PutGroupsRequest.GROUPS_FIELD_NUMBER)
-_CHUNKS = _tag(pb.FetchGroupsResponse.CHUNKS_FIELD_NUMBER)
-_DATA = _tag(pb.GroupChunk.DATA_FIELD_NUMBER)
+_HEADER, _PAYLOAD = sample_pb2.Group.HEADER_FIELD_NUMBER, sample_pb2.Group.PAYLOAD_FIELD_NUMBER
+_GROUPS = pb.PutGroupsRequest.GROUPS_FIELD_NUMBER
+_CHUNKS = pb.FetchGroupsResponse.CHUNKS_FIELD_NUMBER
+_DATA = pb.GroupChunk.DATA_FIELD_NUMBER
 
 
 def pack_put(run_id: str, groups: Iterable[t.Group]) -> bytes:
@@ -53,8 +39,8 @@ def pack_put(run_id: str, groups: Iterable[t.Group]) -> bytes:
     parts = [pb.PutGroupsRequest(run_id=run_id).SerializeToString()]
     for group in groups:
         header = to_proto(group.header).SerializeToString()
-        facts = b"".join((_HEADER, _varint(len(header)), header, _PAYLOAD, _varint(len(group.payload))))
-        parts += (_GROUPS, _varint(len(facts) + len(group.payload)), facts, group.payload)
+        facts = b"".join((head(_HEADER, len(header)), header, head(_PAYLOAD, len(group.payload))))
+        parts += (head(_GROUPS, len(facts) + len(group.payload)), facts, group.payload)
     return b"".join(parts)
 
 
@@ -65,6 +51,6 @@ def pack_chunks(chunks: Iterable[Chunk]) -> bytes:
         facts = pb.GroupChunk(
             prompt_id=chunk.prompt_id, offset_bytes=chunk.offset_bytes, total_bytes=chunk.total_bytes
         ).SerializeToString()
-        facts = b"".join((facts, _DATA, _varint(len(chunk.data))))
-        parts += (_CHUNKS, _varint(len(facts) + len(chunk.data)), facts, chunk.data)
+        facts = b"".join((facts, head(_DATA, len(chunk.data))))
+        parts += (head(_CHUNKS, len(facts) + len(chunk.data)), facts, chunk.data)
     return b"".join(parts)

@@ -34,7 +34,7 @@ def pack_payload(prompt: bytes, samples: Iterable[tuple[bytes, Sample]]) -> byte
     pieces: list[Piece] = [prompt]
     for facts, sample in samples:
         body, size = _pieces_of(facts, sample)
-        pieces += (_head(sample_pb2.GroupPayload.SAMPLES_FIELD_NUMBER, size), *body)
+        pieces += (head(sample_pb2.GroupPayload.SAMPLES_FIELD_NUMBER, size), *body)
     return b"".join(pieces)
 
 
@@ -61,11 +61,11 @@ def _array_heads(num_tokens: int, num_masked: int, num_logprobs: int) -> tuple[b
         sample_pb2.Sample.LOSS_MASK_FIELD_NUMBER: num_masked * UINT8.itemsize,
         sample_pb2.Sample.LOGPROBS_FIELD_NUMBER: num_logprobs * FLOAT32.itemsize,
     }
-    tokens, mask, logprobs = (_head(number, size) for number, size in sizes.items())
+    tokens, mask, logprobs = (head(number, size) for number, size in sizes.items())
     return tokens, mask, logprobs, len(tokens) + len(mask) + len(logprobs) + sum(sizes.values())
 
 
-def _head(number: int, size: int) -> bytes:
+def head(number: int, size: int) -> bytes:
     """What stands before a field of bytes, or of a message: its number, that a length follows, the length."""
     return _varint(number << 3 | 2) + _varint(size)
 
