@@ -97,7 +97,7 @@ class Rank:
         self.world = world
         self.learner = learner
         self._fetch = fetch
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="torch")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="torch", initializer=world.take_device)
         self._orders: dict[int, StepOrder] = {}
         self._fetched: dict[int, asyncio.Task[Ready]] = {}
 
@@ -172,6 +172,7 @@ class Rank:
         return Ready(payloads, prepared, fetch_s=fetched - begun, pack_s=time.monotonic() - fetched)
 
     def _pack(self, order: StepOrder, raw: dict[str, bytes]) -> tuple[dict[str, GroupPayload], PreparedStep]:
+        self.world.take_device()  # pinned memory belongs to one
         payloads = read_payloads(raw)
         groups = {
             prompt_id: to_train_group(payload, default_temperature=order.default_temperature)

@@ -203,6 +203,7 @@ class _Metrics:
                 "train/lr-pg_0": report.learning_rate,
                 "milepost/step_tokens": report.num_tokens,
                 "milepost/step_skipped_updates": int(report.skipped),
+                "train/oom_retries": report.oom_retries,
             }
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -43,6 +43,11 @@ class World:
         """True on rank 0."""
         return self.rank == 0
 
+    def take_device(self) -> None:
+        """Make my device the calling thread's own: CUDA remembers it by thread, and begins with the first."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def broadcast(self, value: Any) -> Any:
         """Hand rank 0's small object to every rank; blocks until rank 0 sends."""
         if self.control is None:

@@ -55,8 +55,8 @@ class Shelf:
         moved = [(storage, self._on_host(i, storage)) for i, storage in enumerate(self._storages())]
         for storage, host in moved:
             host.copy_(_bytes_of(storage), non_blocking=True)
-        if any(storage.device.type == "cuda" for storage, _ in moved):
-            torch.cuda.synchronize()
+        for device in {storage.device for storage, _ in moved if storage.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
         for storage, _ in moved:
             storage.resize_(0)
         self._away = moved
