@@ -229,6 +229,15 @@ class BenchSettings(Table):
     json_file: str = ""
     """Write everything measured to this file too."""
 
+    @model_validator(mode="after")
+    def _lengths_make_sense(self) -> BenchSettings:
+        if not self.prompt_tokens < self.min_length <= self.max_length:
+            raise ValueError(
+                f"bench.prompt_tokens is {self.prompt_tokens}, min_length {self.min_length}, max_length "
+                f"{self.max_length}: they must rise, and answers need at least one token"
+            )
+        return self
+
 
 class SamplingTable(Table):
     """Sampling of every prompt that does not override it: `[run.sampling]`."""
