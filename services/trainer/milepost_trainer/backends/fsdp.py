@@ -111,7 +111,10 @@ class FsdpBackend(Backend):
         reports = dict(result.reports)
         if scores.entropy is not None:
             reports["entropy_loss"] = scores.entropy.detach()
-        return _summarise(loss.detach(), batch, reports)
+        summary = _summarise(loss.detach(), batch, reports)
+        if last:
+            _ = summary.loss  # waits for the device: the passes' time is theirs, and not the optimizer's
+        return summary
 
     def _accumulate(self, policy: FSDPModule, *, last: bool) -> None:
         """Until the last micro-batch, gradients may stay whole on each rank: nothing to reduce, no weights to
