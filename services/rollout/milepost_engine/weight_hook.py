@@ -72,18 +72,20 @@ class Order:
       transaction: whose report it gets.
       layout: name of the layout.
       places: of every tensor; empty: as when this layout was last sent.
+      pushed: how its tensors come, where they are broadcast (see `weight_receiver`); empty: they lie there.
     """
 
     transaction: str
     layout: str
     places: tuple[Place, ...] = ()
+    pushed: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
     def read(cls, text: str) -> Order:
         """Reads what the trainer wrote."""
         said = json.loads(text)
         places = tuple(Place(name, tuple(shape), *rest) for name, shape, *rest in said.get("places", ()))
-        return cls(said["transaction"], said["layout"], places)
+        return cls(said["transaction"], said["layout"], places, said.get("pushed", {}))
 
 
 @dataclass
@@ -160,9 +162,13 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) ->
 def _do(model: nn.Module, state: _State, order: Order, segments: Mapping[str, torch.Tensor]) -> bool:
     """Writes the weights of an order; returns whether by a plan."""
     _synchronize(model)  # a forward pass may still run, on a stream of its own
+    if order.pushed:
+        from milepost_engine import weight_receiver  # it stands on this module
+
+        return weight_receiver.receive(model, order.layout, order.pushed)
     if order.places:
         state.plan = None  # lets go of what an earlier trainer shared, before more is mapped
-        sources = {place.name: _source(place, segments) for place in order.places}
+        sources = {place.name: source(place, segments) for place in order.places}
         state.plan = make_plan(model, order.layout, sources)
         return False
     if state.plan is None or state.plan.layout != order.layout:
@@ -172,7 +178,8 @@ def _do(model: nn.Module, state: _State, order: Order, segments: Mapping[str, to
     return not state.plan.refused
 
 
-def _source(place: Place, segments: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.dtype]:
+def source(place: Place, segments: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.dtype]:
+    """A tensor where it lies, and the dtype in which the loader is to see it."""
     dtype: torch.dtype = getattr(torch, place.dtype)
     flat = segments[place.segment].reshape(-1).view(torch.uint8)
     size = torch.Size(place.shape).numel() * dtype.itemsize

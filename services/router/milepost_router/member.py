@@ -205,7 +205,7 @@ class Member:
         touched_before, self.touched = self.touched, True
         self._entangled = transport in COLLECTIVE
         try:
-            if transport in COLLECTIVE:
+            if transport in COLLECTIVE and not header.whole:
                 await self._api.receive_broadcast(header.tensors, self._group_name, timeout_s=timeout_s)
             elif transport is Transport.DISK:
                 await self._api.load_folder(handles_of(header, self)[0], timeout_s=timeout_s)
@@ -224,6 +224,7 @@ class Member:
         )
         if load_format:
             said = await self._api.hook_report(timeout_s=self._call_timeout_s)
+            self._entangled = False  # it answers, and does not before its GPU is through
             if said.get("transaction") != self._transaction_id or not said.get("ok"):
                 why = said.get("message") or f"it speaks of {said.get('transaction')!r}: it restarted"
                 raise EngineBroken(f"{self.engine_id}: its loader of weights failed: {why}")

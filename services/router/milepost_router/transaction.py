@@ -317,12 +317,9 @@ class Transaction:
                 )
             if spec.name in self._sent:
                 raise InvalidArgument(f"{where}: tensor {spec.name!r} was sent already; send each once")
-        if header.whole and (self.num_buckets or header.tensors or self.plan.collective):
-            raise InvalidArgument(
-                f"{where}: whole = true: send one bucket alone, name no tensors in it, and choose a "
-                "transport that is no broadcast"
-            )
-        if not self.plan.collective:
+        if header.whole and (self.num_buckets or header.tensors):
+            raise InvalidArgument(f"{where}: whole = true: send one bucket alone, and name no tensors in it")
+        if header.whole or not self.plan.collective:
             for member in self._live:
                 handles_of(header, member)
         elif not header.tensors:

@@ -1,6 +1,7 @@
 """Gets the bytes of one prepared transaction to its members, by one stream of headers and acknowledgements.
 
     whole     every member copies the weights from where they lie: one header, one acknowledgement
+    pushed    one header tells of all buckets, which members take as they are sent; one acknowledgement
     buckets   stage ──> header goes out ──> send ──> acks come in ──> unstage, the next one gathered meanwhile
 
 Owns nothing between two transactions.
@@ -9,9 +10,9 @@ Owns nothing between two transactions.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -58,9 +59,10 @@ class Transfer:
         if self._whole is not None and self._transport.shares(prepared):
             await self._share(prepared, await self._whole())
             return 1
-        await self._send_buckets(prepared)
+        pushed = self._transport.announces(prepared)
+        await (self._push(prepared) if pushed else self._send_buckets(prepared))
         await self._transport.flush(timeout_s=self._timeout_s)
-        return len(self._buckets)
+        return 1 if pushed else len(self._buckets)
 
     async def _share(self, prepared: t.Prepared, weights: Mapping[str, torch.Tensor]) -> None:
         header = t.BucketHeader(
@@ -76,6 +78,34 @@ class Transfer:
             ack = await _next(acks)
             self._transport.taken({each.engine_id for each in ack.acks if each.ok})
             _check_ack(ack)
+
+    async def _push(self, prepared: t.Prepared) -> None:
+        header = t.BucketHeader(
+            transaction_id=prepared.transaction_id,
+            fleet_epoch=prepared.fleet_epoch,
+            bucket_index=0,
+            handles=self._transport.announce(prepared, self._buckets, timeout_s=self._timeout_s),
+            size_bytes=self.size_bytes,
+            whole=True,
+        )
+        async with self._stream() as (headers, acks):
+            headers.put_nowait(header)
+            await _both(self._send_all(), _accepted(acks))
+        self._transport.taken({member.engine_id for member in prepared.members})
+
+    async def _send_all(self) -> None:
+        """Send bucket after bucket, gathering the next one while one is on its way."""
+        gathering = self._start_gather(0)
+        try:
+            for index, bucket in enumerate(self._buckets):
+                flat = await gathering
+                if index + 1 < len(self._buckets):
+                    gathering = self._start_gather(index + 1)
+                await self._transport.stage(bucket, flat)
+                await self._transport.send(bucket, flat, timeout_s=self._timeout_s)
+                await self._transport.unstage(bucket)
+        finally:
+            gathering.cancel()
 
     async def _send_buckets(self, prepared: t.Prepared) -> None:
         """Send all buckets, gathering the next one while one is on its way."""
@@ -110,25 +140,30 @@ class Transfer:
             await acks.aclose()
 
     async def _exchange(self, bucket: Bucket, flat: torch.Tensor, acks: AsyncIterator[t.BucketAck]) -> None:
-        """Push a bucket's bytes and hear what the members say; whichever fails first ends both."""
-        sending = asyncio.create_task(
-            self._transport.send(bucket, flat, timeout_s=self._timeout_s), name="send bucket"
-        )
-        answering = asyncio.create_task(_accepted(acks), name="await acks")
-        try:
-            done, _ = await asyncio.wait([sending, answering], return_when=asyncio.FIRST_EXCEPTION)
-            for task in done:
-                task.result()
-        finally:
-            for task in (sending, answering):
-                task.cancel()
-            await asyncio.gather(sending, answering, return_exceptions=True)
+        """Push a bucket's bytes and hear what the members say."""
+        await _both(self._transport.send(bucket, flat, timeout_s=self._timeout_s), _accepted(acks))
 
     def _start_gather(self, index: int) -> asyncio.Task[torch.Tensor]:
         async def gather() -> torch.Tensor:
             return await self._gather(self._buckets[index])
 
         return asyncio.create_task(gather(), name=f"gather bucket {index}")
+
+
+async def _both(sending: Coroutine[Any, Any, None], answering: Coroutine[Any, Any, None]) -> None:
+    """Do both; whichever fails first ends both."""
+    tasks = [
+        asyncio.create_task(sending, name="send bytes"),
+        asyncio.create_task(answering, name="await acks"),
+    ]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _drain(headers: asyncio.Queue[t.BucketHeader | None]) -> AsyncIterator[t.BucketHeader]:

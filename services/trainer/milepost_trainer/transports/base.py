@@ -78,8 +78,25 @@ class WeightTransport(ABC):
         """
         raise NotImplementedError
 
+    def announces(self, prepared: Prepared) -> bool:
+        """Every member can be told of all buckets at once, and takes them as they are sent."""
+        del prepared
+        return False
+
+    def announce(
+        self, prepared: Prepared, buckets: Sequence[Bucket], *, timeout_s: float
+    ) -> tuple[HandlesOfEngine, ...]:
+        """Says what will be sent; returns what the one header shall carry.
+
+        Args:
+            prepared: the transaction; `announces` said yes to it.
+            buckets: in sending order.
+            timeout_s: how long members may take.
+        """
+        raise NotImplementedError
+
     def taken(self, engine_ids: Collection[str]) -> None:
-        """These members have copied what was shared last; the others have failed."""
+        """These members have what was shared or announced last; the others have failed."""
         del engine_ids
 
     @abstractmethod

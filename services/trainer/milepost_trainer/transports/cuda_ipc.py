@@ -28,7 +28,7 @@ from milepost.errors import FailedPrecondition
 from milepost.types import HandlesOfEngine, Prepared, TensorSpec, Transport, WeightMember
 from milepost_trainer.buckets import DTYPES, Bucket
 from milepost_trainer.transports.base import WeightTransport
-from milepost_trainer.transports.orders import Layout
+from milepost_trainer.transports.orders import Layout, encode
 
 
 class CudaIpcTransport(WeightTransport):
@@ -163,14 +163,7 @@ def _order(text: str, tensors: Sequence[torch.Tensor], here: str) -> bytes:
     """An order as SGLang hands it on: the text, and the tensors by their place in it."""
     uuid_of_gpu = here.removeprefix("GPU-")
     shared = [(str(index), _SharedTensor(x, uuid_of_gpu)) for index, x in enumerate(tensors)]
-    return base64.b64encode(pickle.dumps([(text, _Nothing()), *shared]))
-
-
-class _Nothing:
-    """Pickles as an empty tensor: SGLang wants one beside every name."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return torch.Tensor, ()
+    return encode(text, shared)
 
 
 class _SharedTensor:

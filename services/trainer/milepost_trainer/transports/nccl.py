@@ -3,6 +3,10 @@
     gather bucket k+1 on the current stream ......
     stage k: an event ──> own stream: broadcast k ── flush: wait for all that was sent, with a deadline
 
+Members that were launched with our hook are told once of all buckets, and take them as they are broadcast
+(`milepost_engine.weight_receiver`); from the second time on the order names the layout alone. Others are told
+of each bucket.
+
 A broadcast is only enqueued, so the next bucket is gathered meanwhile; the host waits once, at the end. The
 first one of a group forms its communicator, which blocks a thread until all ranks are there.
 
@@ -18,7 +22,8 @@ import asyncio
 import ctypes
 import os
 import threading
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,13 +32,16 @@ import torch.distributed as dist
 from torch.cuda import nccl
 
 from milepost.errors import FailedPrecondition, Unavailable
-from milepost.types import HandlesOfEngine, Prepared, Transport
+from milepost.types import HandlesOfEngine, Prepared, Transport, WeightMember
 from milepost_trainer.buckets import Bucket
 from milepost_trainer.launch import speak_nccl_as_engines_do
 from milepost_trainer.transports.cuda_ipc import gpu_uuid
 from milepost_trainer.transports.groups import GroupTransport, in_thread, new_group
+from milepost_trainer.transports.orders import encode, pushed
 
 _LOOK_S = 0.0005
+_DEPTH = 2
+"""Buckets that are on their way at a time, at either end."""
 _LIBRARY = "libnccl.so.2"
 _WATCHDOG_S = 24 * 3600.0
 _HANDS_OFF = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
@@ -44,6 +52,7 @@ class NcclTransport(GroupTransport):
     """Broadcasts flattened buckets from this GPU to all members at once."""
 
     kind = Transport.NCCL
+    prepares_ahead = True  # members that join do not wait for rank 0
 
     def __init__(self, *, master_address: str) -> None:
         super().__init__(master_address=master_address)
@@ -52,6 +61,10 @@ class NcclTransport(GroupTransport):
         self._stream: Any = None
         self._gathered: Any = None
         self._over: list[Any] = []
+        self._pushes = False
+        self._sent: deque[Any] = deque()
+        self._members: tuple[WeightMember, ...] = ()
+        self._know: set[tuple[str, str]] = set()  # engines, by instance, that have the layout
 
     async def open(self, prepared: Prepared, *, timeout_s: float) -> None:
         """Begin to form the group with all members, unless it is the one that stands.
@@ -71,7 +84,48 @@ class NcclTransport(GroupTransport):
                     f"engine {member.engine_id} runs on {here}, as the trainer's rank 0 does, and NCCL wants "
                     "a GPU for each; start them on different ones, or publish by cuda_ipc"
                 )
+        self._members, self._pushes = prepared.members, self.announces(prepared)
+        self._sent.clear()
         await super().open(prepared, timeout_s=timeout_s)
+
+    def announces(self, prepared: Prepared) -> bool:
+        """Every member was launched with our hook."""
+        return bool(prepared.members) and all(member.weight_hook for member in prepared.members)
+
+    def announce(
+        self, prepared: Prepared, buckets: Sequence[Bucket], *, timeout_s: float
+    ) -> tuple[HandlesOfEngine, ...]:
+        """One order a rank: in full for members that do not know what lies in which bucket."""
+        return tuple(
+            HandlesOfEngine(
+                engine_id=member.engine_id,
+                handles=(
+                    encode(
+                        pushed(
+                            prepared.transaction_id,
+                            buckets,
+                            group=prepared.group_name,
+                            timeout_s=timeout_s,
+                            depth=0 if (member.engine_id, member.instance_id) in self._know else _DEPTH,
+                        )
+                    ),
+                ),
+                load_format=member.weight_hook,
+            )
+            for member in prepared.members
+        )
+
+    def taken(self, engine_ids: Collection[str]) -> None:
+        """Who received them knows the layout from now on."""
+        self._know |= {
+            (m.engine_id, m.instance_id) for m in self._members if m.engine_id in engine_ids and m.instance_id
+        }
+
+    async def close(self, *, broken: bool) -> None:
+        """Keep the group, unless it is broken; members are then told all of the layout again."""
+        if broken:
+            self._know.clear()
+        await super().close(broken=broken)
 
     def _make(self, name: str, store: Any, *, world_size: int, timeout_s: float) -> Any:
         del (
@@ -98,9 +152,19 @@ class NcclTransport(GroupTransport):
             with torch.cuda.stream(stream):
                 stream.wait_event(gathered)
                 dist.broadcast(flat, src=0, group=group)
+                self._sent.append(stream.record_event())
             flat.record_stream(stream)
 
         await in_thread(enqueue, name="broadcast")
+
+    async def unstage(self, bucket: Bucket) -> None:
+        """Do not run ahead of the GPU, where no answers are waited for: every bucket under way is memory."""
+        del bucket
+        while self._pushes and len(self._sent) > _DEPTH:
+            if self._sent[0].query():
+                self._sent.popleft()
+            else:
+                await asyncio.sleep(_LOOK_S)
 
     async def flush(self, *, timeout_s: float) -> None:
         """Wait until every broadcast has ended.

@@ -9,8 +9,11 @@ opens what lies in one allocation once. The reader is `milepost_engine.weight_ho
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +21,21 @@ from typing import Any
 import torch
 
 from milepost.types import TensorSpec
-from milepost_trainer.buckets import dtype_name
+from milepost_trainer.buckets import Bucket, dtype_name
 
 _numbers = itertools.count(1)
+
+
+def encode(text: str, segments: Sequence[tuple[str, Any]] = ()) -> bytes:
+    """An order as SGLang hands it on: named tensors, the first of them named by the text."""
+    return base64.b64encode(pickle.dumps([(text, _Nothing()), *segments]))
+
+
+class _Nothing:
+    """Pickles as an empty tensor: SGLang wants one beside every name."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch.Tensor, ()
 
 
 @dataclass(frozen=True)
@@ -72,3 +87,25 @@ class Layout:
         """The text of an order."""
         said: dict[str, Any] = {"transaction": transaction_id, "layout": self.name}
         return json.dumps({**said, "places": self.places} if whole else said)
+
+
+def pushed(
+    transaction_id: str, buckets: Sequence[Bucket], *, group: str, timeout_s: float, depth: int
+) -> str:
+    """The text of an order whose tensors are broadcast.
+
+    Args:
+        transaction_id: whose order it is.
+        buckets: in sending order.
+        group: the process group.
+        timeout_s: how long the receiver waits.
+        depth: how many buckets it is to have room for; 0: it knows all this.
+    """
+    told = [
+        [b.size_bytes, [[s.name, list(s.shape), s.dtype, s.offset_bytes] for s in b.slots]] for b in buckets
+    ]
+    said: dict[str, Any] = {"group": group, "timeout_s": timeout_s}
+    if depth:
+        said |= {"depth": depth, "buckets": told}
+    layout = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return json.dumps({"transaction": transaction_id, "layout": layout, "pushed": said})
