@@ -1,13 +1,16 @@
 """Runs under torchrun, or alone: does the jobs of the JSON list on the command line, one after the other.
 
-A job's keys: model_dir, out (rank 0 writes its report there), steps (list of step numbers), settings (of the
-trainer), and optionally load, save, export, poison (step in which an importance ratio is made to blow up) and
-rest (the backend rests before and after every step, and whatever follows finds it at rest).
+On CUDA where RANK_SCRIPT_DEVICE says so. A job's keys: model_dir, out (rank 0 writes its report there), steps
+(list of step numbers), settings (of the trainer), and optionally load, save, export, poison (step in which an
+importance ratio is made to blow up), rest (the backend rests before and after every step, and whatever follows
+finds it at rest), scale (sequences are so many times as long), room_mib (on CUDA, what the last rank may take
+beyond the model).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,13 +31,13 @@ from milepost_trainer.world import World, join, leave
 GROUPS, SAMPLES = 6, 4
 
 
-def groups_of(step: int) -> dict[str, TrainGroup]:
+def groups_of(step: int, *, scale: int = 1) -> dict[str, TrainGroup]:
     rng = np.random.default_rng(step)
     made: dict[str, TrainGroup] = {}
     for index in range(GROUPS):
         sequences = []
         for _ in range(SAMPLES):
-            size = int(rng.integers(3, 24))
+            size = scale * int(rng.integers(3, 24))
             mask = np.zeros(size, np.uint8)
             mask[int(rng.integers(1, size)) :] = 1
             tokens = rng.integers(0, 16, size).astype(np.int32)
@@ -57,7 +60,7 @@ def train(learner: Learner, settings: TrainerSettings, job: dict[str, Any], worl
     for step in job["steps"]:
         if job.get("rest"):
             learner.backend.rest()
-        groups = groups_of(step)
+        groups = groups_of(step, scale=job.get("scale", 1))
         if step == job.get("poison"):
             poison(groups)
         infos = [GroupInfo(name, tuple(len(s.tokens) for s in g.sequences)) for name, g in groups.items()]
@@ -82,6 +85,7 @@ def train(learner: Learner, settings: TrainerSettings, job: dict[str, Any], worl
                     "means": dict(report.means),
                     "oom_retries": report.oom_retries,
                     "max_tokens": report.max_tokens,
+                    "allocated": report.peaks.allocated,
                 }
             )
     if job.get("rest"):
@@ -95,11 +99,20 @@ def weights_of(backend: Any) -> list[torch.Tensor]:
     return [getattr(p.detach(), "_local_tensor", p) for p in backend._parameters]
 
 
+def limit(world: World, room_mib: int) -> None:
+    """On the last rank, CUDA's memory ends this far above what is taken now; -1 takes the limit away."""
+    if world.rank == world.size - 1:
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        taken = torch.cuda.memory_reserved(world.device) + room_mib * 2**20
+        torch.cuda.set_per_process_memory_fraction(1.0 if room_mib < 0 else taken / total, world.device)
+
+
 def run(job: dict[str, Any], world: World) -> None:
     settings = TrainerSettings(
         model_dir=job["model_dir"],
         initial_weights="random",
-        device="cpu",
+        device=world.device.type,
         **job["settings"],
     )
     objective = build_objective(settings.objective)
@@ -107,6 +120,8 @@ def run(job: dict[str, Any], world: World) -> None:
     learner = Learner(backend, objective, loss_aggregation=settings.objective.loss_aggregation)
     if "load" in job:
         backend.load(Path(job["load"]))
+    if world.device.type == "cuda":
+        limit(world, job.get("room_mib", -1))
     reports = train(learner, settings, job, world)
     if "save" in job:
         backend.save(Path(job["save"]))
@@ -116,14 +131,14 @@ def run(job: dict[str, Any], world: World) -> None:
     for bucket in backend.plan_buckets(bucket_bytes=5000, wire_dtype=None):
         flat = backend.gather_bucket(bucket)
         if flat is not None:
-            weights |= read_bucket(bucket, flat)
+            weights |= {name: tensor.cpu() for name, tensor in read_bucket(bucket, flat).items()}
     if world.leads:
         torch.save({"reports": reports, "weights": weights, "updates": backend.num_updates}, job["out"])
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    world = join(timeout_s=60, device="cpu")
+    world = join(timeout_s=60, device=os.environ.get("RANK_SCRIPT_DEVICE", "cpu"))
     for job in json.loads(sys.argv[1]):
         run(job, world)
     leave(world)
