@@ -2,9 +2,9 @@
 
 On CUDA where RANK_SCRIPT_DEVICE says so. A job's keys: model_dir, out (rank 0 writes its report there), steps
 (list of step numbers), settings (of the trainer), and optionally load, save, export, poison (step in which an
-importance ratio is made to blow up), rest (the backend rests before and after every step, and whatever follows
-finds it at rest), scale (sequences are so many times as long), room_mib (on CUDA, what the last rank may take
-beyond the model).
+importance ratio is made to blow up), rest (the backend rests before and after every step, and whatever
+follows finds it at rest), scale (sequences are so many times as long), room_mib (on CUDA, what the last rank
+may take beyond the model).
 """
 
 from __future__ import annotations
