@@ -73,7 +73,7 @@ class ServiceClient:
         self._channel = channel or open_channel(address)
 
     async def close(self) -> None:
-        """Closes the channel; calls that are under way end with Cancelled."""
+        """Closes the channel; calls that are under way are cancelled."""
         if self._owned:
             await self._channel.close()
 
@@ -109,10 +109,10 @@ class ServiceClient:
             try:
                 return await once()
             except AioRpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+                error = self._error(rpc_error)
                 spent = time.monotonic() - started
                 if not isinstance(error, errors.Unavailable) or spent >= self._retry.retry_for_s:
-                    raise self._explain(error) from rpc_error
+                    raise error from rpc_error
             await asyncio.sleep(random.uniform(0.5, 1.0) * delay)
             delay = min(2 * delay, self._retry.max_delay_s)
 
@@ -146,7 +146,7 @@ class ServiceClient:
                 f"{self.address}: nothing came for {silence_s:g} s on a stream; is the service stuck?"
             ) from None
         except AioRpcError as rpc_error:
-            raise self._explain(from_rpc_error(rpc_error)) from rpc_error
+            raise self._error(rpc_error) from rpc_error
         finally:
             call.cancel()
 
@@ -164,7 +164,7 @@ class ServiceClient:
             async for message in call:
                 yield message
         except AioRpcError as rpc_error:
-            raise self._explain(from_rpc_error(rpc_error)) from rpc_error
+            raise self._error(rpc_error) from rpc_error
         except asyncio.CancelledError:
             if writing.done() and not writing.cancelled() and (error := writing.exception()):
                 raise error from None
@@ -174,7 +174,15 @@ class ServiceClient:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
 
-    def _explain(self, error: errors.MilepostError) -> errors.MilepostError:
+    def _error(self, rpc_error: AioRpcError) -> errors.MilepostError:
+        """What a failed call means to its caller.
+
+        CANCELLED is what a server that stops says to calls that it has just taken; what we cancel ourselves
+        is `asyncio.CancelledError`.
+        """
+        error = from_rpc_error(rpc_error)
+        if isinstance(error, errors.Cancelled):
+            error = errors.Unavailable("the service ended the call; is it stopping?")
         if (
             isinstance(error, errors.Unavailable | errors.DeadlineExceeded)
             and self.address not in error.message

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from milepost.channel import RetryPolicy
 from milepost.client import WeightClient
 from milepost.errors import (
-    Cancelled,
     DeadlineExceeded,
     FailedPrecondition,
     MilepostError,
@@ -34,7 +33,7 @@ LEASE_TTL_S = 6.0
 _RELEASE_TTL_S = 0.001
 _RELEASE_S = 1.0
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.2, 2.0
-_AWAY = (Unavailable, DeadlineExceeded, Cancelled)
+_AWAY = (Unavailable, DeadlineExceeded)
 
 log = logging.getLogger(__name__)
 
