@@ -17,7 +17,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from safetensors.torch import save_file
 
 from gpu_trainer import Fleet, Trainer, all_engines, generate, matches, publish
 from milepost.types import EngineState, Transport
@@ -25,7 +27,7 @@ from stack import until
 
 pytestmark = [pytest.mark.gpu(3), pytest.mark.timeout(400)]
 
-FAST = {"sampling_backend": "pytorch", "disable_cuda_graph": True}
+FAST = {"sampling_backend": "pytorch", "disable_cuda_graph": True, "disable_radix_cache": True}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ async def trainer(fleet: Fleet, gpu_model: Path) -> Trainer:
 
 
 async def test_one_group_of_a_launched_engine_and_one_known_by_its_url_serves_many_versions(
-    fleet, trainer, out
+    fleet, trainer, out, tmp_path
 ):
     async def both() -> Any:
         found = await all_engines(fleet)
@@ -71,7 +73,21 @@ async def test_one_group_of_a_launched_engine_and_one_known_by_its_url_serves_ma
                     matches(trainer, reply)
                     seen.add(headers["x-milepost-engine"])
     assert len(groups) == 1, "the group outlives its transaction"
+    over_nccl = await checksum(fleet.bare_url)
+    assert await checksum(found["launched"].url) == over_nccl
+    save_file({n: x.cpu() for n, x in trainer.held.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    async with httpx.AsyncClient(timeout=60) as http:
+        body = {"model_path": str(tmp_path), "load_format": "auto", "flush_cache": False}
+        assert (await http.post(fleet.bare_url + "/update_weights_from_disk", json=body)).status_code == 200
+    assert await checksum(fleet.bare_url) == over_nccl, "the bytes that a folder would have brought"
     (out / "nccl-tiny.json").write_text(json.dumps({"publish_s": trainer.seconds}))
+
+
+async def checksum(url: str) -> str:
+    """Of an engine's weights."""
+    async with httpx.AsyncClient(timeout=30) as http:
+        reply = (await http.post(url + "/weights_checker", json={"action": "checksum"})).json()
+    return reply["ranks"][0]["per_gpu_checksum"]
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])

@@ -132,11 +132,17 @@ class Killing(NcclTransport):
       victims: their process ids.
       at: the bucket.
       before: kill them just before it is enqueued, else just after.
+      stock: do not use our hook.
     """
 
     victims: tuple[int, ...] = ()
     at = 0
     before = False
+    stock = False
+
+    def announces(self, prepared: t.Prepared) -> bool:
+        """As it is asked for."""
+        return not self.stock and super().announces(prepared)
 
     async def send(self, bucket: Bucket, flat: torch.Tensor, *, timeout_s: float) -> None:
         """Sends it."""
@@ -169,12 +175,13 @@ class Fleet:
     published: Published = dataclasses.field(default_factory=Published)
 
     @asynccontextmanager
-    async def publisher(self, *names: str) -> AsyncIterator[Publisher]:
-        """A publisher to some engines; the next trainer."""
+    async def publisher(self, *names: str, stock: bool = False) -> AsyncIterator[tuple[Publisher, Killing]]:
+        """A publisher to some engines, by our hook in them or as SGLang comes; the next trainer."""
         async with BufferClient(self.buffer) as buffer:
             await buffer.create_run(RUN_ID)
             term = (await buffer.resume_consumer(RUN_ID)).term
         transport = Killing(master_address="127.0.0.1")
+        transport.stock = stock
         async with Some(self.grpc) as router:
             router.names = names
             publisher = Publisher(
@@ -185,20 +192,30 @@ class Fleet:
                 settings=PublishSettings(transport="nccl", timeout_s=TIMEOUT_S, retry_delay_s=0.5),
                 run_id=RUN_ID,
             )
-            publisher.term = term
+            self.label += 1
+            self.resident.another(self.label)
+            publisher.start(term=term, label=self.label, published=self.published)
             watching = asyncio.create_task(publisher.watch())
             try:
-                yield publisher
+                yield publisher, transport
             finally:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
                 await transport.shut_down()
 
-    def next(self, publisher: Publisher) -> None:
-        """Other weights under the next label."""
+    async def step(self, publisher: Publisher) -> float:
+        """Other weights under the next label; returns how long it took from then on."""
         self.label += 1
+        await publisher.prepare_ahead(self.label)
         self.resident.another(self.label)
-        publisher.start(term=publisher.term, label=self.label, published=self.published)
+        publisher.moved_to(self.label, due=True)
+        return await self.publish(publisher)
+
+    async def step_again(self, publisher: Publisher) -> float:
+        """The weights as they are under the next label."""
+        self.label += 1
+        publisher.moved_to(self.label, due=True)
+        return await self.publish(publisher)
 
     async def publish(self, publisher: Publisher) -> float:
         """Publishes what is due; returns how long that took."""
@@ -241,7 +258,7 @@ def fleet(launch_sglang: Any, service: Any, tmp_path_factory: pytest.TempPathFac
             model=config, base_gpu_id=gpu, load_format="dummy", skip_tokenizer_init=True,
             sampling_backend="pytorch", disable_cuda_graph=True, mem_fraction_static=0.3,
         )
-        for gpu in range(1, min(4, torch.cuda.device_count()))
+        for gpu in range(1, min(int(os.environ.get("MILEPOST_ENGINES", "3")) + 1, torch.cuda.device_count()))
     }  # fmt: skip
     resident = Resident(config, bucket_bytes=int(os.environ.get("MILEPOST_BUCKET_MIB", "1024")) << 20)
     for each in engines.values():
@@ -288,8 +305,15 @@ async def right(fleet: Fleet, *names: str) -> float:
     for name in names:
         differences = fleet.resident.differences(await reply_of(found[name].url))
         worst = max(worst, *differences)
-        assert statistics.mean(differences) < 0.1, (name, differences)
+        assert statistics.mean(differences) < 0.5, (name, differences)  # of other weights: several
     return worst
+
+
+async def checksum(url: str) -> str:
+    """Of an engine's weights, as SGLang counts."""
+    async with httpx.AsyncClient(timeout=30) as http:
+        reply = (await http.post(url + "/weights_checker", json={"action": "checksum"})).json()
+    return reply["ranks"][0]["per_gpu_checksum"]
 
 
 def flat(fleet: Fleet, receivers: int) -> list[float]:
@@ -303,21 +327,21 @@ def flat(fleet: Fleet, receivers: int) -> list[float]:
     return json.loads(done.stdout.splitlines()[-1])["seconds"]
 
 
-async def rounds(fleet: Fleet, *names: str) -> dict[str, Any]:
+async def rounds(fleet: Fleet, *names: str, stock: bool = False) -> dict[str, Any]:
     """Several publications to some engines, and what they took."""
     seconds: list[float] = []
-    async with fleet.publisher(*names) as publisher:
-        fleet.next(publisher)
-        first = await fleet.publish(publisher)
+    async with fleet.publisher(*names, stock=stock) as (publisher, _):
+        begun = time.perf_counter()
         await everywhere(fleet, publisher, *names)
+        first = time.perf_counter() - begun
         before = fleet.phases()
         for _ in range(ROUNDS):
-            fleet.next(publisher)
-            seconds.append(await fleet.publish(publisher))
+            seconds.append(await fleet.step(publisher))
         after = fleet.phases()
         worst = await right(fleet, *names)
     phases = {phase: (after[phase] - before[phase]) / ROUNDS for phase in after}
-    row = {"engines": len(names), "first_s": first, "publish_s": seconds, "phases_s": phases}
+    row: dict[str, Any] = {"engines": len(names), "stock": stock, "first_s": first, "publish_s": seconds}
+    row["phases_s"] = phases
     row |= {"flat_broadcast_s": flat(fleet, len(names)), "largest_difference": worst}
     return row | {
         "median_s": statistics.median(seconds),
@@ -334,13 +358,31 @@ def report(out: Path, fleet: Fleet, name: str, row: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu(2)
-async def test_one_to_one(fleet: Fleet, out: Path):
-    report(out, fleet, "1", await rounds(fleet, "e1"))
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "hook"])
+async def test_one_to_one(fleet: Fleet, out: Path, stock: bool):
+    report(out, fleet, "1-stock" if stock else "1", await rounds(fleet, "e1", stock=stock))
 
 
 @pytest.mark.gpu(4)
-async def test_one_to_three(fleet: Fleet, out: Path):
-    report(out, fleet, "3", await rounds(fleet, "e1", "e2", "e3"))
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "hook"])
+async def test_one_to_three(fleet: Fleet, out: Path, stock: bool):
+    report(out, fleet, "3-stock" if stock else "3", await rounds(fleet, "e1", "e2", "e3", stock=stock))
+
+
+@pytest.mark.gpu(2)
+async def test_the_hook_leaves_the_bytes_that_sglang_itself_leaves(fleet: Fleet):
+    sums: list[str] = []
+    for stock in (False, True):
+        async with fleet.publisher("e1", stock=stock) as (publisher, _):
+            await everywhere(fleet, publisher, "e1")
+            await fleet.step(publisher)
+            fleet.resident.another(7)
+            await fleet.step_again(publisher)
+            sums.append(await checksum((await states(fleet))["e1"].url))
+    assert sums[0] == sums[1]
+    async with fleet.publisher("e1") as (publisher, _):
+        await everywhere(fleet, publisher, "e1")
+        assert await checksum((await states(fleet))["e1"].url) != sums[0]
 
 
 @pytest.mark.gpu(4)
@@ -349,11 +391,12 @@ async def test_one_of_three_is_killed_in_mid_broadcast(fleet: Fleet, out: Path, 
     """The trainer is back within its deadline, all are started again and serve; a request in flight ends."""
     if before and "MILEPOST_KILL_TWICE" not in os.environ:
         pytest.skip("as the other, at another moment; set MILEPOST_KILL_TWICE")
-    async with fleet.publisher() as publisher:
-        fleet.next(publisher)
+    async with fleet.publisher() as (publisher, transport):
         was = await everywhere(fleet, publisher, *fleet.engines)
-        fleet.next(publisher)
-        transport: Any = publisher._transport
+        await fleet.step(publisher)
+        fleet.label += 1
+        fleet.resident.another(fleet.label)
+        publisher.moved_to(fleet.label, due=True)
         transport.victims = tuple(group_of(fleet.engines["e2"].server()))
         transport.at, transport.before = len(fleet.resident.buckets) // 2, before
         running = [asyncio.create_task(reply_of(was[name].url)) for name in ("e1", "e3")]
