@@ -1,4 +1,8 @@
--- The ledger's state and every change of it. One script body; ARGV[1] names the command.
+-- The ledger's state and every change of it. ARGV[1] names the command.
+--
+-- Redis runs a script from its first line at each call, and to define every function costs more than most commands do. So
+-- a section that defines commands (function C....) is sent for its own commands alone (store.py); what several sections
+-- need stands in one that defines none.
 --
 -- Contract
 --   KEYS[1]  mp:{<run_id>}:run; every other key of the run has the same prefix and so the same hash slot.
@@ -162,6 +166,11 @@ local function erase(row, ...)
   if #held > 0 then call('HDEL', P .. 'p:' .. row.id, unpack(held)) end
 end
 
+-- A command of many arguments, a thousand at a time: Lua's stack ends at some thousands.
+local function call_in_parts(name, key, args)
+  for from = 1, #args, 1000 do call(name, key, unpack(args, from, math.min(#args, from + 999))) end
+end
+
 local function ready_member(row) return string.format('%016.0f', row.sseq) .. ':' .. row.id end
 
 local function count_waiting(row, n)
@@ -292,6 +301,42 @@ local function credits(source)
   local open = math.max(1, call('SCARD', P .. 'sources_open'))
   local held = tonumber(call('HGET', P .. 'src:' .. source, 'waiting') or 0)
   return math.max(0, math.min(free, math.ceil(limit / open) - held))
+end
+
+-- ------------------------------------------------------------------------------------------------ terms, steps
+
+local function fence(term)
+  local newest = num('term')
+  if term < newest then return fail('STALE_TERM', 'term', key_of(term), 'newest', key_of(newest)) end
+  if term > newest then return fail('UNKNOWN_TERM', 'term', key_of(term), 'newest', key_of(newest)) end
+  return nil
+end
+
+local function fence_stated(term)
+  local refused = fence(term)
+  if refused then return refused end
+  if num('stated_term') ~= term then return fail('NOT_RESUMED', 'term', key_of(term)) end
+  return nil
+end
+
+local function step_size(step) return tonumber(call('HGET', P .. 'sizes', key_of(step)) or 0) end
+local function step_ids(step) return call('LRANGE', P .. 'ids:' .. key_of(step), 0, -1) end
+
+local function parse_dropped(from, n)
+  local dropped = {}
+  for i = 0, n - 1 do dropped[ARGV[from + 2 * i]] = tonumber(ARGV[from + 2 * i + 1]) end
+  return dropped
+end
+
+-- A row of a committed step. Its payload stays until the step is trimmed, dropped or not: a resume gets it again.
+local function settle(row, step, pos, why)
+  leave(row)
+  write(row, {state = why and DROPPED or TRAINED, step = step, pos = pos, why = why})
+  if why then
+    add('dropped:' .. why, 1)
+  else
+    erase(row, 'why'); add('trained', 1)
+  end
 end
 
 -- ------------------------------------------------------------------------------------------------ run commands
@@ -542,11 +587,6 @@ local function oldest_label(row, versions)
   return label or row.llab
 end
 
--- A command of many arguments, a thousand at a time: Lua's stack ends at some thousands.
-local function call_in_parts(name, key, args)
-  for from = 1, #args, 1000 do call(name, key, unpack(args, from, math.min(#args, from + 999))) end
-end
-
 -- What a batch of seals takes out of the indices of ROLLING and puts into those of READY: no seal looks at them, so they
 -- follow at the end, one command an index.
 local left = {ids = {}, stale = {}, instances = {}}
@@ -610,24 +650,7 @@ function C.seal()
   return {'', out}
 end
 
--- ------------------------------------------------------------------------------------------------ steps
-
-local function fence(term)
-  local newest = num('term')
-  if term < newest then return fail('STALE_TERM', 'term', key_of(term), 'newest', key_of(newest)) end
-  if term > newest then return fail('UNKNOWN_TERM', 'term', key_of(term), 'newest', key_of(newest)) end
-  return nil
-end
-
-local function fence_stated(term)
-  local refused = fence(term)
-  if refused then return refused end
-  if num('stated_term') ~= term then return fail('NOT_RESUMED', 'term', key_of(term)) end
-  return nil
-end
-
-local function step_size(step) return tonumber(call('HGET', P .. 'sizes', key_of(step)) or 0) end
-local function step_ids(step) return call('LRANGE', P .. 'ids:' .. key_of(step), 0, -1) end
+-- ------------------------------------------------------------------------------------------------ steps leased
 
 local function evict(step)
   local bound = step - 1 - num('max_staleness')
@@ -755,22 +778,7 @@ function C.lease_step()
   return describe_step(step, assign(step, taken), 0)
 end
 
-local function parse_dropped(from, n)
-  local dropped = {}
-  for i = 0, n - 1 do dropped[ARGV[from + 2 * i]] = tonumber(ARGV[from + 2 * i + 1]) end
-  return dropped
-end
-
--- A row of a committed step. Its payload stays until the step is trimmed, dropped or not: a resume gets it again.
-local function settle(row, step, pos, why)
-  leave(row)
-  write(row, {state = why and DROPPED or TRAINED, step = step, pos = pos, why = why})
-  if why then
-    add('dropped:' .. why, 1)
-  else
-    erase(row, 'why'); add('trained', 1)
-  end
-end
+-- ------------------------------------------------------------------------------------------------ steps committed
 
 local COMMIT_FIELDS = {'step', 'pos'}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import itertools
+import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import hiredis
 from redis import exceptions as redis_errors
@@ -20,6 +22,7 @@ from milepost_common.metrics.instruments import Series
 
 RUNS_KEY = "mp:runs"
 RETRY_AFTER_S = 1.0
+_HEADING, _COMMAND = re.compile(r"(?m)^-- -{40,} "), re.compile(r"(?m)^function C\.(\w+)")
 _OUT_OF_MEMORY = "OOM command not allowed"
 """Within the words of a script's error: a Redis before 7 gives that no name of its own."""
 
@@ -32,6 +35,31 @@ Clock = Callable[[], int | None]
 def prefix_of(run_id: str) -> str:
     """Prefix of a run's keys; the braces put them into one hash slot."""
     return f"mp:{{{run_id}}}:"
+
+
+class Script(NamedTuple):
+    """What Redis runs for a command."""
+
+    source: str
+    sha: str
+
+
+def scripts_of(source: str) -> dict[str, Script]:
+    """The script of each command: the sections without commands, and the one that defines it.
+
+    Lines of other sections are left empty, so that line numbers in errors are those of the file.
+    """
+    starts = [0, *(m.start() for m in _HEADING.finditer(source)), len(source)]
+    sections = [source[a:b] for a, b in itertools.pairwise(starts)]
+    scripts: dict[str, Script] = {}
+    for section in sections:
+        commands = _COMMAND.findall(section)
+        text = "".join(
+            s if s is section or not _COMMAND.search(s) else "\n" * s.count("\n") for s in sections
+        )
+        script = Script(text, hashlib.sha1(text.encode()).hexdigest())
+        scripts |= dict.fromkeys(commands, script)
+    return scripts
 
 
 def _stage(prefix: str, payloads: Sequence[bytes]) -> list[bytes]:
@@ -68,8 +96,9 @@ class Store:
         self.seconds, self.failures = Histogram(REDIS_SECONDS), Counter(REDIS_ERRORS)
         self.asked_at: dict[str, float] = {}
         self._known: dict[str, Series] = {}
-        self._source = importlib.resources.files("milepost_buffer").joinpath("ledger.lua").read_bytes()
-        self._sha = hashlib.sha1(self._source).hexdigest()
+        self._scripts = scripts_of(
+            importlib.resources.files("milepost_buffer").joinpath("ledger.lua").read_text()
+        )
 
     async def call(self, run_id: str, command: str, *args: Arg, staged: Sequence[bytes] = ()) -> list[Any]:
         """Runs one command; returns what stands behind the status.
@@ -87,9 +116,8 @@ class Store:
         now = "" if injected is None else str(injected)
         started = time.perf_counter()
         prefix = prefix_of(run_id)
-        reply = await self._eval(
-            _stage(prefix, staged) if staged else (), prefix + "run", command, now, *args
-        )
+        staging = _stage(prefix, staged) if staged else ()
+        reply = await self._eval(self._scripts[command], staging, prefix + "run", command, now, *args)
         self._series(command).record(time.perf_counter() - started)
         if reply[0] == b"!":
             raise refusal(run_id, reply)
@@ -103,12 +131,12 @@ class Store:
             found = self._known[command] = self.seconds.series(command)
         return found
 
-    async def _eval(self, staging: Sequence[bytes], *args: Arg) -> list[Any]:
+    async def _eval(self, script: Script, staging: Sequence[bytes], *args: Arg) -> list[Any]:
         try:
             try:
-                return await self._execute(staging, "EVALSHA", self._sha, 1, *args)
+                return await self._execute(staging, "EVALSHA", script.sha, 1, *args)
             except redis_errors.NoScriptError:
-                return await self._execute(staging, "EVAL", self._source, 1, *args)
+                return await self._execute(staging, "EVAL", script.source, 1, *args)
         except CALL_ERRORS as error:
             raise self.translate(error) from error
 
