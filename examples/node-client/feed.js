@@ -11,7 +11,7 @@
 
 import { parseArgs } from "node:util";
 
-import { MilepostError, connect, duration, sleep } from "./milepost.js";
+import { AGAIN, MilepostError, connect, duration, sleep } from "./milepost.js";
 import { readPrompts } from "./prompts.js";
 
 const { positionals, values: options } = parseArgs({
@@ -37,7 +37,7 @@ async function patiently(method, request, how) {
     try {
       return await buffer.call(method, request, how);
     } catch (error) {
-      if (!["UNAVAILABLE", "DEADLINE_EXCEEDED"].includes(error.status) || Date.now() > giveUpAt) throw error;
+      if (!AGAIN.includes(error.status) || Date.now() > giveUpAt) throw error;
       tell("away", { method, message: error.message });
     }
     await sleep(delay);

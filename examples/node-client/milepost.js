@@ -4,7 +4,8 @@
 //   const { run } = await buffer.call("GetRun", { run_id: "demo" });
 //
 // Contract: every unary call has a deadline and ends with a reply or a MilepostError. A call that ended with UNAVAILABLE
-// or DEADLINE_EXCEEDED may be repeated as it is: every mutation of Milepost is idempotent. Whoever connects closes.
+// or DEADLINE_EXCEEDED, or with CANCELLED by a service that stops, may be repeated as it is: every mutation of Milepost is
+// idempotent. Whoever connects closes.
 
 import { fileURLToPath } from "node:url";
 
@@ -17,6 +18,9 @@ const DETAILS = "grpc-status-details-bin";
 const REDIS_RUN_ID = "x-milepost-redis-run-id";
 const MAX_MESSAGE_BYTES = 16 * 1024 * 1024;
 const CALL_S = 10;
+
+/** How a call ends that may be repeated as it is. */
+export const AGAIN = ["UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"];
 
 const FILES = ["buffer", "rollout", "router", "trainer", "weights"].map((name) => `milepost/v1/${name}.proto`);
 const api = grpc.loadPackageDefinition(
