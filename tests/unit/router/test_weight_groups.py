@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import orjson
 import pytest
+from aiohttp import web
 
 from milepost import errors
 from milepost import types as t
@@ -245,3 +247,47 @@ async def test_an_unknown_nccl_is_taken_for_the_same_with_a_warning(bench, tools
     prepared = await bench.transactions.prepare(collective(tools, nccl_version="2.28.9"))
     assert len(prepared.members) == 2
     assert "the NCCL of a, b is not known" in caplog.text
+
+
+# ---- our loader in every member ----------------------------------------------------------------------------
+
+
+async def pushed(bench, tools, **report):
+    """A transaction whose one header tells of all buckets; each engine's loader reports."""
+    prepared = await bench.transactions.prepare(collective(tools))
+    said = {"transaction": prepared.transaction_id, "ok": True} | report
+
+    async def answer(request, body):
+        return web.json_response([float(byte) for byte in orjson.dumps(said)])
+
+    for fake in bench.engines.values():
+        fake.reactions["get_weights_by_name"] = answer
+    header = t.BucketHeader(
+        transaction_id=prepared.transaction_id,
+        fleet_epoch=prepared.fleet_epoch,
+        bucket_index=0,
+        handles=(t.HandlesOfEngine(handles=(b"order",), load_format="our.loader"),),
+        whole=True,
+    )
+    return prepared, await bench.transactions.find(prepared.transaction_id).take(header)
+
+
+async def test_engines_with_our_loader_are_told_once_of_all_that_is_broadcast(launched, tools):
+    prepared, ack = await pushed(launched, tools)
+    assert all(a.ok for a in ack.acks)
+    await tools.commit(launched, prepared, num_buckets=1)
+    for fake in launched.engines.values():
+        [body] = fake.bodies["update_weights_from_tensor"]
+        assert (body["serialized_named_tensors"], body["load_format"]) == (["order"], "our.loader")
+        assert (body["flush_cache"], body["abort_all_requests"]) == (False, False)
+        assert TAKE not in fake.calls
+    assert set(launched.states().values()) == {"SERVING"}
+
+
+async def test_a_loader_that_gave_up_in_time_need_not_be_started_again(launched, tools):
+    _, ack = await pushed(launched, tools, ok=False, message="not all weights came within 3 s")
+    assert ack.group_broken
+    assert "not all weights came" in ack.acks[0].message
+    assert set(launched.states().values()) == {"STALE"}
+    assert not any(launched.record(name).restart for name in "abc")
+    assert all(LEAVE in fake.calls for fake in launched.engines.values())
