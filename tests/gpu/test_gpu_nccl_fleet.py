@@ -173,6 +173,7 @@ class Fleet:
     resident: Resident
     label: int = -1
     published: Published = dataclasses.field(default_factory=Published)
+    flat_s: dict[int, list[float]] = dataclasses.field(default_factory=dict[int, list[float]])
 
     @asynccontextmanager
     async def publisher(self, *names: str, stock: bool = False) -> AsyncIterator[tuple[Publisher, Killing]]:
@@ -317,7 +318,14 @@ async def checksum(url: str) -> str:
 
 
 def flat(fleet: Fleet, receivers: int) -> list[float]:
-    """Seconds of one flat broadcast of as many bytes."""
+    """Seconds of one flat broadcast of as many bytes; measured once."""
+    if receivers not in fleet.flat_s:
+        fleet.flat_s[receivers] = measure_flat(fleet, receivers)
+    return fleet.flat_s[receivers]
+
+
+def measure_flat(fleet: Fleet, receivers: int) -> list[float]:
+    """Several of them."""
     command = [sys.executable, flat_broadcast.__file__]
     words = map(str, (fleet.resident.bytes, receivers, ROUNDS))
     done = subprocess.run(
