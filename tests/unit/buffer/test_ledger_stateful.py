@@ -186,8 +186,13 @@ class Machine(RuleBasedStateMachine):
         held = row.state == ROLLING and row.attempt == attempt
         instance = row.instance or "nobody"
         if what == "renew":
-            renewed = self.do(self.ledger.prompts.renew(self.run_id, instance_id=instance, leases=[key]))
+            renewed = self.do(
+                self.ledger.prompts.renew(self.run_id, instance_id=instance, leases=[key], names_all=True)
+            )
             assert (not renewed.lost) == held
+            rolling = {n: r for n, r in self.model.rows.items() if r.state == ROLLING}
+            of_instance = {(n, r.attempt) for n, r in rolling.items() if r.instance == instance}
+            assert {(k.prompt_id, k.attempt) for k in renewed.unnamed} == of_instance - {(name, attempt)}
             row.expiry = self.model.now + TTL_S * 1000 if held else row.expiry
             return
         drop = DropReason.INVALID if what == "drop" else DropReason.UNSPECIFIED
