@@ -154,6 +154,7 @@ class BucketHeader:
     handles: tuple[HandlesOfEngine, ...] = ()
     size_bytes: int = 0
     whole: bool = False
+    commit: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +181,7 @@ class BucketAck:
     bucket_index: int = 0
     acks: tuple[EngineAck, ...] = ()
     group_broken: bool = False
+    committed: Committed | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

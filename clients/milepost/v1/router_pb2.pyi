@@ -791,6 +791,7 @@ class UpdateWeightsRequest(_message.Message):
     HANDLES_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     WHOLE_FIELD_NUMBER: _builtins.int
+    COMMIT_FIELD_NUMBER: _builtins.int
     transaction_id: _builtins.str
     """The transaction."""
     fleet_epoch: _builtins.int
@@ -801,6 +802,8 @@ class UpdateWeightsRequest(_message.Message):
     """Bytes of the bucket."""
     whole: _builtins.bool
     """This one bucket is the whole manifest; `tensors` is left empty."""
+    commit: _builtins.bool
+    """Commit as soon as members have taken it, as CommitWeights does; only with `whole`."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """Its tensors, laid out back to back in this order, without padding."""
@@ -819,10 +822,11 @@ class UpdateWeightsRequest(_message.Message):
         handles: _abc.Iterable[Global___HandlesOfEngine] | None = ...,
         size_bytes: _builtins.int = ...,
         whole: _builtins.bool = ...,
+        commit: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_index", b"bucket_index", "fleet_epoch", b"fleet_epoch", "handles", b"handles", "size_bytes", b"size_bytes", "tensors", b"tensors", "transaction_id", b"transaction_id", "whole", b"whole"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bucket_index", b"bucket_index", "commit", b"commit", "fleet_epoch", b"fleet_epoch", "handles", b"handles", "size_bytes", b"size_bytes", "tensors", b"tensors", "transaction_id", b"transaction_id", "whole", b"whole"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -899,6 +903,7 @@ class UpdateWeightsResponse(_message.Message):
     BUCKET_INDEX_FIELD_NUMBER: _builtins.int
     ACKS_FIELD_NUMBER: _builtins.int
     GROUP_BROKEN_FIELD_NUMBER: _builtins.int
+    COMMITTED_FIELD_NUMBER: _builtins.int
     bucket_index: _builtins.int
     """The bucket."""
     group_broken: _builtins.bool
@@ -907,16 +912,21 @@ class UpdateWeightsResponse(_message.Message):
     def acks(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineAck]:
         """One a member."""
 
+    @_builtins.property
+    def committed(self) -> Global___CommitWeightsResponse:
+        """What became of the commit that came with the bucket. Unset: none came, or nobody took the bucket."""
+
     def __init__(
         self,
         *,
         bucket_index: _builtins.int = ...,
         acks: _abc.Iterable[Global___EngineAck] | None = ...,
         group_broken: _builtins.bool = ...,
+        committed: Global___CommitWeightsResponse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "bucket_index", b"bucket_index", "group_broken", b"group_broken"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acks", b"acks", "bucket_index", b"bucket_index", "committed", b"committed", "group_broken", b"group_broken"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

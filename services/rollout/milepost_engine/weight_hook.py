@@ -27,6 +27,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,8 +38,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 log = logging.getLogger(__name__)
 
 REPORT, CHECKSUM = "milepost.report", "milepost.checksum"
-LARGE_BYTES = 1 << 20
+LARGE_BYTES = 16 << 20
 """From here on a copy is the driver's own; smaller ones go together in one kernel."""
+LANES = 4
+"""Streams that large copies are dealt to: one ends while another is in full flow."""
 _CHUNK = 1 << 24
 
 Copies = list[tuple[torch.Tensor, torch.Tensor]]
@@ -117,10 +120,9 @@ class Plan:
         if self.refused:
             load_weights(model, self.sources)
             return
-        for target, source in self.large:
-            target.copy_(source, non_blocking=True)
         for targets, sources in self.small:
             _copy_many(targets, sources, non_blocking=True)
+        _copy_beside(self.large)
 
 
 @dataclass
@@ -331,6 +333,28 @@ def _goes_on(first: torch.Tensor, second: torch.Tensor) -> bool:
         and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
         and first.storage_offset() + first.numel() == second.storage_offset()
     )
+
+
+def _copy_beside(copies: Copies) -> None:
+    """Large copies, on streams beside one another; what comes next on the current one waits for them."""
+    if len(copies) < 2 or copies[0][0].device.type != "cuda":
+        for target, origin in copies:
+            target.copy_(origin, non_blocking=True)
+        return
+    current, lanes = torch.cuda.current_stream(), _lanes(copies[0][0].device.index)
+    for lane in lanes:
+        lane.wait_stream(current)
+    for index, lane in enumerate(lanes):
+        with torch.cuda.stream(lane):
+            for target, origin in copies[index::LANES]:
+                target.copy_(origin, non_blocking=True)
+    for lane in lanes:
+        current.wait_stream(lane)
+
+
+@cache
+def _lanes(device_index: int) -> tuple[torch.cuda.Stream, ...]:
+    return tuple(torch.cuda.Stream(device_index) for _ in range(LANES))
 
 
 def _disproof(model: nn.Module, plan: Plan) -> str:

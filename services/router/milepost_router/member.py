@@ -93,7 +93,7 @@ class Member:
         self._leaves, self._in_group = leaves, in_group
         self._entangled = False
         self._call_timeout_s = call_timeout_s
-        self._opened = self._session = self._written = False
+        self._opened = self._session = self._written = self._paused = False
         self._text_before = ""
 
     @property
@@ -172,14 +172,20 @@ class Member:
         if carries != known:
             raise EngineFault(f"{self.engine_id}: it carries {carries!r} instead of {known!r}: it restarted")
 
-    async def open(self, mode: PauseMode) -> None:
-        """Pauses it, marks its weights as nobody's, opens its session. No new requests from here on."""
+    async def open(self, mode: PauseMode, *, at_once: bool = False) -> None:
+        """Pauses it, marks its weights as nobody's, opens its session. No new requests from here on.
+
+        One that has no requests, and gets all weights `at_once`, between two of its steps, needs no pause.
+        """
         self._require_present()
         self._text_before = self.record.version_string
         self._opened = True
         self._fleet.begin_update(self.record, now=_now())
         mark = version_string.updating(self._transaction_id)
-        if self._ours:  # it counts tokens by the string that it has: first the last token, then the mark
+        self._paused = not (at_once and self.record.in_flight == 0)
+        if not self._paused:
+            await self._api.set_version(mark)
+        elif self._ours:  # it counts tokens by the string that it has: first the last token, then the mark
             await self._api.pause(PAUSE_MODES[mode])
             await self._api.set_version(mark)
         else:
@@ -219,11 +225,20 @@ class Member:
     async def _receive(self, header: BucketHeader, *, timeout_s: float) -> None:
         """Gives it the handles of a bucket; our loader in it says itself whether all of it is written."""
         load_format = _own_or_common(header, self).load_format
-        await self._api.receive_handles(
+        taking = self._api.receive_handles(
             handles_of(header, self), load_format=load_format, timeout_s=timeout_s
         )
-        if load_format:
-            said = await self._api.hook_report(timeout_s=self._call_timeout_s)
+        if not load_format:
+            await taking
+        else:
+            # Asked for at once, the report comes right behind the weights; too early, it is an older one.
+            taken, said = await asyncio.gather(
+                taking, self._api.hook_report(timeout_s=timeout_s), return_exceptions=True
+            )
+            if isinstance(taken, BaseException):
+                raise taken
+            if isinstance(said, BaseException) or said.get("transaction") != self._transaction_id:
+                said = await self._api.hook_report(timeout_s=self._call_timeout_s)
             self._entangled = False  # it answers, and does not before its GPU is through
             if said.get("transaction") != self._transaction_id or not said.get("ok"):
                 why = said.get("message") or f"it speaks of {said.get('transaction')!r}: it restarted"
@@ -274,7 +289,8 @@ class Member:
     async def finish(self) -> None:
         """Goes on."""
         self._require_present()
-        await self._api.resume()
+        if self._paused:
+            await self._api.resume()
         self._require_present()
         self._fleet.finish_update(self.record, now=_now())
 

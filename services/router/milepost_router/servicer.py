@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from milepost_router.fleet import Fleet
 from milepost_router.memory import Memory
 from milepost_router.probe import Prober
 from milepost_router.signals import Signal, wait_for
+from milepost_router.transaction import Transaction
 from milepost_router.transactions import Transactions, about
 
 MAX_DRAIN_S = 600.0
@@ -125,9 +127,23 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             names.add(header.transaction_id)
             with about(transaction):
                 ack = await transaction.take(header)
+                if header.commit and header.whole and transaction.is_open:
+                    ack = await self._commit_with(transaction, header, ack)
             yield to_proto(ack)
             if ack.group_broken:
                 return
+
+    async def _commit_with(
+        self, transaction: Transaction, header: t.BucketHeader, ack: t.BucketAck
+    ) -> t.BucketAck:
+        """The commit that came with the only bucket."""
+        committed = await self._transactions.commit(
+            header.transaction_id,
+            fleet_epoch=header.fleet_epoch,
+            term=transaction.plan.request.term,
+            num_buckets=1,
+        )
+        return dataclasses.replace(ack, committed=committed)
 
     async def CommitWeights(self, request: Any, context: Any) -> Any:
         """Closes a transaction."""

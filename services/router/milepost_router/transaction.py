@@ -237,7 +237,8 @@ class Transaction:
         """Moves one bucket; returns why the group is broken, where one is."""
         first = self.phase is Phase.PREPARED
         if first:
-            broken = await self._open_members()
+            by_hook = header.whole and all(handles.load_format for handles in header.handles)
+            broken = await self._open_members(at_once=by_hook)
             if broken:
                 return broken
         timeout_s = min(self.plan.bucket_timeout_s, self._remaining_s())
@@ -249,7 +250,7 @@ class Transaction:
         )
         return await self._judge(faults, first=first)
 
-    async def _open_members(self) -> list[str]:
+    async def _open_members(self, *, at_once: bool) -> list[str]:
         if self._joining is not None:
             await self._joining
         not_joined = [m.failed for m in self.members if m.failed]
@@ -262,7 +263,7 @@ class Transaction:
         self.phase = Phase.TRANSFERRING
         self._clock.enter("transfer")
         mode = self.plan.request.pause_mode
-        faults = await self._each(self._live, lambda m: m.open(mode))
+        faults = await self._each(self._live, lambda m: m.open(mode, at_once=at_once))
         return await self._judge(faults, first=False)
 
     async def _judge(self, faults: dict[Member, EngineFault], *, first: bool) -> list[str]:

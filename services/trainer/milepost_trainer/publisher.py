@@ -306,8 +306,8 @@ class Publisher:
         done = False
         try:
             await self._transport.open(prepared, timeout_s=self._settings.timeout_s)
-            num_buckets = await self._transfer.run(prepared)
-            committed = await self._router.commit_weights(
+            num_buckets, committed = await self._transfer.run(prepared)
+            committed = committed or await self._router.commit_weights(
                 prepared.transaction_id,
                 fleet_epoch=prepared.fleet_epoch,
                 term=self.term,

@@ -54,17 +54,18 @@ class Transfer:
         self.manifest = tuple(spec for bucket in self._buckets for spec in _specs(bucket))
         self.size_bytes = sum(bucket.size_bytes for bucket in self._buckets)
 
-    async def run(self, prepared: t.Prepared) -> int:
-        """Sends everything; returns the number of buckets that the commit must name."""
+    async def run(self, prepared: t.Prepared) -> tuple[int, t.Committed | None]:
+        """Sends everything; returns the number of buckets that the commit must name, and what became of it
+        where it went with them.
+        """
         if self._whole is not None and self._transport.shares(prepared):
-            await self._share(prepared, await self._whole())
-            return 1
+            return 1, await self._share(prepared, await self._whole())
         pushed = self._transport.announces(prepared)
         await (self._push(prepared) if pushed else self._send_buckets(prepared))
         await self._transport.flush(timeout_s=self._timeout_s)
-        return 1 if pushed else len(self._buckets)
+        return (1 if pushed else len(self._buckets)), None
 
-    async def _share(self, prepared: t.Prepared, weights: Mapping[str, torch.Tensor]) -> None:
+    async def _share(self, prepared: t.Prepared, weights: Mapping[str, torch.Tensor]) -> t.Committed | None:
         header = t.BucketHeader(
             transaction_id=prepared.transaction_id,
             fleet_epoch=prepared.fleet_epoch,
@@ -72,12 +73,14 @@ class Transfer:
             handles=await self._transport.share(prepared, self.manifest, weights),
             size_bytes=self.size_bytes,
             whole=True,
+            commit=True,
         )
         async with self._stream() as (headers, acks):
             headers.put_nowait(header)
             ack = await _next(acks)
             self._transport.taken({each.engine_id for each in ack.acks if each.ok})
             _check_ack(ack)
+            return ack.committed
 
     async def _push(self, prepared: t.Prepared) -> None:
         header = t.BucketHeader(

@@ -35,6 +35,8 @@ class Gathering:
 
     def __init__(self, named: Mapping[str, torch.Tensor], world: World, *, resident: bool) -> None:
         self._named, self._world, self._resident = named, world, resident
+        self._whole: dict[str, torch.Tensor] = {}
+        self._places: tuple[int, ...] = ()
         self._held: dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
 
     def bucket(self, bucket: Bucket) -> torch.Tensor | None:
@@ -66,15 +68,20 @@ class Gathering:
         return found
 
     def _where_they_lie(self) -> dict[str, torch.Tensor]:
-        return {name: _local(tensor.detach()).contiguous() for name, tensor in self._named.items()}
+        """The same dict again where no tensor has moved."""
+        places = tuple(_local(tensor).data_ptr() for tensor in self._named.values())
+        if places != self._places:
+            self._whole = {name: _local(tensor.detach()).contiguous() for name, tensor in self._named.items()}
+            lies = all(x.data_ptr() == at for x, at in zip(self._whole.values(), places, strict=True))
+            self._places = places if lies else ()
+        return self._whole
 
     def _from(self, buckets: Sequence[Bucket]) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
         for bucket in buckets:
             flat = self.bucket(bucket)
-            if flat is not None:
-                found |= read_bucket(bucket, flat)
-        return found
+            if flat is not None and bucket.slots[0].name not in self._whole:
+                self._whole |= read_bucket(bucket, flat)
+        return self._whole
 
 
 def _in_portions(slots: Sequence[TensorSlot]) -> Iterator[list[TensorSlot]]:

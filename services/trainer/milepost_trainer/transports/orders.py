@@ -44,12 +44,14 @@ class Layout:
 
     Attributes:
         name: unlike any other layout's, of this trainer or another.
+        weights: as they were handed over; the very same again lie where they lay.
         tensors: in the manifest's order.
         places: what the hook is told of each.
         print: changes when any tensor moves or is another one.
     """
 
     name: str
+    weights: Mapping[str, torch.Tensor]
     tensors: tuple[torch.Tensor, ...]
     places: tuple[tuple[Any, ...], ...]
     print: tuple[Any, ...]
@@ -70,6 +72,8 @@ class Layout:
             weights: by name.
             held: the layout before.
         """
+        if held is not None and held.weights is weights:
+            return held
         tensors = tuple(weights[spec.name] for spec in manifest)
         marks = tuple(
             (spec.name, spec.dtype, x.data_ptr(), x.dtype, x.shape)
@@ -81,7 +85,7 @@ class Layout:
             (spec.name, list(x.shape), dtype_name(x.dtype), spec.dtype, str(index), 0)
             for index, (spec, x) in enumerate(zip(manifest, tensors, strict=True))
         )
-        return cls(f"{owner}/{next(_numbers)}", tensors, places, marks)
+        return cls(f"{owner}/{next(_numbers)}", weights, tensors, places, marks)
 
     def order(self, transaction_id: str, *, whole: bool) -> str:
         """The text of an order."""
