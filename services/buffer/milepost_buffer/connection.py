@@ -3,8 +3,8 @@
 `RedisLink.run_id` is Redis's own run id. It is read anew on every new connection, and a restart or a
 failover breaks every connection, so that it changes with the first call that the new Redis answers.
 
-The ledger's calls go over one connection (`ask`); subscriptions and what happens once at the start over
-redis-py's pool (`client`).
+The ledger's calls go over one connection (`ask`), a subscription has one of its own (`open`); what happens
+once at the start goes over redis-py's pool (`client`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from milepost import errors
-from milepost_buffer.wire import Wire, open_wire
+from milepost_buffer.wire import OnMessage, Wire, ignore, open_wire
 
 SCHEMA_KEY = "mp:schema"
 SCHEMA = "1"
@@ -88,8 +88,12 @@ class RedisLink:
         return await asyncio.shield(self._opening)
 
     async def _connect(self) -> Wire:
-        self._wire = await open_wire(self.client.connection_pool, timeout_s=self._timeout_s)
+        self._wire = await self.open(timeout_s=self._timeout_s)
         return self._wire
+
+    async def open(self, *, timeout_s: float, on_message: OnMessage = ignore) -> Wire:
+        """Another connection; the caller owns it."""
+        return await open_wire(self.client.connection_pool, timeout_s=timeout_s, on_message=on_message)
 
     async def close(self) -> None:
         """Closes every connection."""

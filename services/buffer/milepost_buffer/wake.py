@@ -5,8 +5,8 @@ changed.
 
 The letters are documented at the head of ledger.lua. A listener registers before it asks, so that a change
 between asking and sleeping is not missed. Between a broken subscription and its repair, and against anything
-unforeseen, listeners ask again every `FALLBACK_S`. A subscription that is silent for `QUIET_S` is pinged, and
-made anew if that is not answered either. Owned by the process; listeners own nothing.
+unforeseen, listeners ask again every `FALLBACK_S`. A subscription is pinged every `QUIET_S`, and made anew if
+that is not answered within as long. Owned by the process; listeners own nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
+
+import hiredis
 
 from milepost_buffer.connection import CALL_ERRORS, RedisLink
 from milepost_buffer.metrics import WAITED
@@ -27,6 +29,8 @@ FALLBACK_S = 5.0
 BLIND_FALLBACK_S = 0.5
 RECONNECT_S = 0.5
 QUIET_S = 5.0
+_SUBSCRIBE = hiredis.pack_command(cast(Any, ("PSUBSCRIBE", "mp:*:wake")))
+_PING = hiredis.pack_command(("PING",))
 _CHANNEL = re.compile(rb"^mp:\{(.+)\}:wake$")
 
 T = TypeVar("T")
@@ -133,26 +137,21 @@ class Bell:
             await asyncio.sleep(RECONNECT_S)
 
     async def _subscribe(self) -> None:
-        pubsub: Any = self._link.client.pubsub()
+        wire = await self._link.open(timeout_s=QUIET_S, on_message=self._hear)
         try:
-            await pubsub.psubscribe("mp:*:wake")
-            asked = False
-            while True:
-                message = await pubsub.get_message(timeout=QUIET_S)
-                if message is not None:
-                    asked = False
-                    self._hear(message)
-                elif asked:
-                    raise ConnectionError(f"no word for {2 * QUIET_S:g} s, nor an answer to a ping")
-                else:
-                    await pubsub.ping()
-                    asked = True
-        finally:
-            await pubsub.aclose()
-
-    def _hear(self, message: Mapping[str, Any]) -> None:
-        if message["type"] == "psubscribe":
+            [reply] = await wire.ask([_SUBSCRIBE], replies=1)
+            if isinstance(reply, Exception):
+                raise reply
             self._subscribed = True
             self._ring_all()
-        elif message["type"] == "pmessage" and (found := _CHANNEL.match(message["channel"])):
-            self._ring(found[1].decode(), message["data"].decode())
+            while wire.is_open:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(wire.closed.wait(), QUIET_S)
+                    return
+                await wire.ask([_PING], replies=1)
+        finally:
+            wire.close()
+
+    def _hear(self, channel: bytes, letters: bytes) -> None:
+        if self._listeners and (found := _CHANNEL.match(channel)):
+            self._ring(found[1].decode(), letters.decode())

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import hiredis
@@ -27,6 +27,12 @@ from redis.exceptions import InvalidResponse
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 READ_BYTES = 256 * 1024
+
+OnMessage = Callable[[bytes, bytes], None]
+
+
+def ignore(channel: bytes, data: bytes) -> None:
+    """For a wire that subscribes to nothing."""
 
 
 class _Asked:
@@ -46,13 +52,16 @@ class Wire(asyncio.BufferedProtocol):
       writer: the open connection; the wire owns it from now on.
       timeout_s: longest time that a call waits for its answers.
 
+      on_message: gets channel and data of what is published to a pattern that the wire subscribed to.
+
     Attributes:
       is_open: calls may be made.
+      closed: set once they may not.
     """
 
-    def __init__(self, writer: asyncio.StreamWriter, *, timeout_s: float) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, *, timeout_s: float, on_message: OnMessage) -> None:
         self._loop = asyncio.get_running_loop()
-        self._writer, self._timeout_s = writer, timeout_s
+        self._writer, self._timeout_s, self._on_message = writer, timeout_s, on_message
         self._transport: Any = writer.transport
         self._reader = hiredis.Reader(
             protocolError=InvalidResponse, replyError=cast(Any, BaseParser.parse_error)
@@ -60,7 +69,7 @@ class Wire(asyncio.BufferedProtocol):
         self._space = memoryview(bytearray(READ_BYTES))
         self._asked: deque[_Asked] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self.is_open = True
+        self.is_open, self.closed = True, asyncio.Event()
         self._transport.set_protocol(self)
 
     async def ask(self, parts: Sequence[bytes], *, replies: int) -> list[Any]:
@@ -109,6 +118,9 @@ class Wire(asyncio.BufferedProtocol):
     # ------------------------------------------------------------------ inside
 
     def _answer(self, reply: Any) -> None:
+        if isinstance(reply, list) and len(reply := cast(list[Any], reply)) == 4 and reply[0] == b"pmessage":
+            self._on_message(reply[2], reply[3])
+            return
         asked = self._asked[0]
         asked.replies.append(reply)
         asked.missing -= 1
@@ -128,6 +140,7 @@ class Wire(asyncio.BufferedProtocol):
 
     def _break(self, error: Exception) -> None:
         self.is_open = False
+        self.closed.set()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -138,10 +151,10 @@ class Wire(asyncio.BufferedProtocol):
                 answer.set_exception(error)
 
 
-async def open_wire(pool: Any, *, timeout_s: float) -> Wire:
+async def open_wire(pool: Any, *, timeout_s: float, on_message: OnMessage = ignore) -> Wire:
     """A wire over a new connection of a redis-py pool, after its handshake."""
     connection = pool.make_connection()
     await connection.connect()
     writer = connection._writer
     connection._reader = connection._writer = None  # it is ours now: it must not close what it does not use
-    return Wire(writer, timeout_s=timeout_s)
+    return Wire(writer, timeout_s=timeout_s, on_message=on_message)
