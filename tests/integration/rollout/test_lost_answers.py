@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from milepost.client.rollout import RolloutClient
 from milepost.types import Prompt, PromptState
 from relay import Relay
@@ -14,6 +16,8 @@ LEASE_TTL_S = 12.0
 ENDS = (PromptState.READY, PromptState.DROPPED)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
 async def test_leases_whose_answer_was_lost_are_given_back_before_they_expire(
     driver: Any, engine: Any, start_gateway: Any
 ) -> None:
