@@ -133,6 +133,13 @@ class PublishSettings(Table):
     see it (disk)."""
     pause_mode: Literal["retract", "in_place", "abort"] = "retract"
     """What becomes of requests that run while weights change."""
+    release_memory: tuple[str, ...] = ()
+    """GPU memory that engines give up while a step trains, as SGLang tags it: kv_cache, weights, cuda_graph;
+    they need enable_memory_saver. Nothing is generated meanwhile. Empty: none."""
+    memory_drain_s: float = Field(default=1.0, ge=0, le=600)
+    """How long requests may take to end by themselves before that memory goes; then they are aborted."""
+    memory_lease_s: float = Field(default=600.0, gt=0, le=3600)
+    """Engines take their memory back after this long in any case: longer than the longest step."""
 
 
 class MetricsSettings(Table):
@@ -186,8 +193,8 @@ class DebugSettings(Table):
     out_of_memory: Literal["", "forward", "head", "backward", "clip", "optimizer"] = ""
     """Where a rank runs out of memory: in a pass (before the middle layer, before the LM head, on the way
     back), or once in the gradient norm or the optimizer."""
-    out_of_memory_rank: int = Field(default=0, ge=0)
-    """Which rank."""
+    out_of_memory_rank: int = Field(default=0, ge=-1)
+    """Which rank; -1: every one."""
     out_of_memory_tokens: int = Field(default=0, ge=0)
     """Passes of more tokens than this run out of memory."""
 

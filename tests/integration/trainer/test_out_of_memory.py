@@ -115,7 +115,8 @@ def others(folder: Path) -> dict[str, Report]:
         f"1-{n}": r
         for n, r in results(folder, 1, {"plain": PLAIN, "head": PLAIN | fault("head", rank=0)}).items()
     }
-    jobs = {"plain": PLAIN} | {place: PLAIN | fault(place, rank=2) for place in places}
+    jobs = {"plain": PLAIN, "all": PLAIN | fault("backward", rank=-1)}
+    jobs |= {place: PLAIN | fault(place, rank=2) for place in places}
     return found | {f"3-{n}": r for n, r in results(folder, 3, jobs).items()}
 
 
@@ -187,8 +188,10 @@ def test_in_mixed_precision(two: dict[str, Report], place: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("place", ["forward", "head", "backward"])
-def test_a_pass_that_does_not_fit_on_one_of_three_ranks(others: dict[str, Report], place: str) -> None:
+@pytest.mark.parametrize("place", ["forward", "head", "backward", "all"])
+def test_a_pass_that_does_not_fit_on_one_of_three_ranks_or_on_all(
+    others: dict[str, Report], place: str
+) -> None:
     assert_same(others[f"3-{place}"], others["3-plain"])
     assert_was_halved(others[f"3-{place}"], others["3-plain"])
 

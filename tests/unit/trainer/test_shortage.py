@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from milepost_trainer.backends.fsdp import FsdpBackend
 from milepost_trainer.backends.random_state import RandomState
-from milepost_trainer.backends.recovery import DoesNotFit, Dues, Recovery, is_out_of_memory
+from milepost_trainer.backends.recovery import BrokenCollective, DoesNotFit, Dues, Recovery, is_out_of_memory
 from milepost_trainer.batch import SequenceBatch, TrainSequence, dummy_batch
 from milepost_trainer.learner import Learner, TrainGroup
 from milepost_trainer.memory import MemoryPeaks, PeakMeter, largest, over_ranks
@@ -115,6 +115,20 @@ def test_collectives_that_were_made_are_left_out_once() -> None:
     assert made == [2, 3]
     assert [bool(output.any()) for output in outputs] == [False, False, True, True]
     assert dues.made == 4
+
+
+def test_a_collective_that_fails_is_not_taken_for_a_pass_that_does_not_fit() -> None:
+    dues = Dues()
+    dues.begin()
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("none left for the collective itself")
+
+    with pytest.raises(BrokenCollective, match="collective 1 of an update failed: none left") as caught:
+        dues.pay(full, torch.ones(1))
+    assert not is_out_of_memory(caught.value)
+    with pytest.raises(BrokenCollective):
+        Recovery(World(), []).attempt(lambda _: dues.pay(full, torch.ones(1)), dummy_batch(CPU))
 
 
 def test_local_work_is_tried_twice_and_other_errors_pass() -> None:

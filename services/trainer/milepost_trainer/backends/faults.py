@@ -24,10 +24,10 @@ _eager: Any = torch.compiler.disable  # hooks of compiled layers stay Python
 
 
 class Faults:
-    """Raises ``torch.OutOfMemoryError`` on one rank where the settings say."""
+    """Raises ``torch.OutOfMemoryError`` on this rank where the settings say."""
 
     def __init__(self, settings: DebugSettings, *, rank: int) -> None:
-        self._place = settings.out_of_memory if settings.out_of_memory_rank == rank else ""
+        self._place = settings.out_of_memory if settings.out_of_memory_rank in (rank, -1) else ""
         self._tokens = settings.out_of_memory_tokens
         self._struck = False
 
