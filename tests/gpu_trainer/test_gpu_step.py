@@ -54,7 +54,7 @@ def _settings(folder: Path, **changes: Any) -> TrainerSettings:
 
 def _outcomes(loop: Any) -> list[tuple[float, float]]:
     found = []
-    for step in range(STEPS):
+    for step in range(1, 1 + STEPS):
         loop.stage(step)
         found.append(loop.update())
     return found

@@ -42,7 +42,7 @@ def _settings(model_dir: Path, **changes: Any) -> TrainerSettings:
 def _outcomes(loop: Loop) -> torch.Tensor:
     """Loss and gradient norm of each step; every step starts from the weights that the last one left."""
     found: list[tuple[float, float]] = []
-    for step in range(STEPS):
+    for step in range(1, 1 + STEPS):
         loop.stage(step)
         found.append(loop.update())
     return torch.tensor(found)

@@ -218,10 +218,10 @@ class _Measurement:
         outcomes: list[tuple[float, float]] = []
         seconds: list[float] = []
         loads: list[Workload] = []
-        for step in range(first + bench.updates):
+        for step in range(1, 1 + first + bench.updates):
             if self._world.any_failed(self._stop.is_set()):
                 break
-            if step == first:
+            if len(seconds) == first:
                 self._reset_peak()
             loads.append(loop.stage(step))
             seconds.append(self._timed(lambda: outcomes.append(loop.update())))
@@ -229,7 +229,7 @@ class _Measurement:
             return []
         result = self._result(loop.name, seconds, loads, outcomes)
         if bench.profile:
-            loop.stage(first)
+            loop.stage(1)
             table = self._profile(loop)
             if self._world.leads:
                 print(table, flush=True)
