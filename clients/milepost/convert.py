@@ -160,7 +160,7 @@ def _facts_of(sample: t.Sample) -> bytes:
 
 def open_group(payload: bytes) -> t.GroupPayload:
     """Unpacks a group's payload; arrays are read-only views of the message's bytes."""
-    return from_proto(t.GroupPayload, sample_pb2.GroupPayload.FromString(payload))
+    return _read_payload(sample_pb2.GroupPayload.FromString(payload))
 
 
 # ---------------------------------------------------------------------------------------------- plans
@@ -374,9 +374,16 @@ def _fill_all_but_arrays(message: Any, value: t.Sample) -> None:
         message.traceparent = value.traceparent
 
 
+def _made(kind: type[T], **fields: Any) -> T:
+    """A frozen dataclass of all its fields at once; its own `__init__` makes a call for each."""
+    value = object.__new__(kind)
+    value.__dict__.update(fields)
+    return value
+
+
 def _read_sample(message: Any) -> t.Sample:
-    sample = object.__new__(t.Sample)  # a frozen dataclass sets its sixteen fields one call each
-    sample.__dict__.update(
+    return _made(
+        t.Sample,
         index=message.index,
         tokens=np.frombuffer(message.tokens, packing.INT32),
         loss_mask=np.frombuffer(message.loss_mask, packing.UINT8),
@@ -386,18 +393,17 @@ def _read_sample(message: Any) -> t.Sample:
         version_spans_exact=message.version_spans_exact,
         reward=message.reward,
         reward_parts=dict(message.reward_parts),
-        outcome=t.Outcome(message.outcome),
+        outcome=_OUTCOMES.get(message.outcome) or t.Outcome(message.outcome),
         text=message.text,
         error=message.error,
         metadata_json=message.metadata_json,
         engine_id=message.engine_id,
         traceparent=message.traceparent,
     )
-    return sample
 
 
 def _read_span(message: Any) -> t.VersionSpan:
-    return t.VersionSpan(start=message.start, end=message.end, weight_version=message.weight_version)
+    return _made(t.VersionSpan, start=message.start, end=message.end, weight_version=message.weight_version)
 
 
 def _fill_header(message: Any, value: t.GroupHeader) -> None:
@@ -413,11 +419,12 @@ def _fill_header(message: Any, value: t.GroupHeader) -> None:
 
 
 def _read_header(message: Any) -> t.GroupHeader:
-    return t.GroupHeader(
+    return _made(
+        t.GroupHeader,
         prompt_id=message.prompt_id,
         attempt=message.attempt,
         num_tokens=tuple(message.num_tokens),
-        outcomes=tuple([t.Outcome(o) for o in message.outcomes]),
+        outcomes=tuple([_OUTCOMES.get(o) or t.Outcome(o) for o in message.outcomes]),
         weight_versions=tuple(message.weight_versions),
         rewards=tuple(message.rewards),
         num_loss_tokens=message.num_loss_tokens,
@@ -439,7 +446,8 @@ def _fill_step_group(message: Any, value: t.StepGroup) -> None:
 
 
 def _read_step_group(message: Any) -> t.StepGroup:
-    return t.StepGroup(
+    return _made(
+        t.StepGroup,
         prompt_id=message.prompt_id,
         position=message.position,
         attempt=message.attempt,
@@ -459,15 +467,20 @@ def _fill_seal_result(message: Any, value: t.SealResult) -> None:
 
 
 def _read_seal_result(message: Any) -> t.SealResult:
-    return t.SealResult(
-        prompt_id=message.prompt_id, status=t.SealStatus(message.status), message=message.message
-    )
+    status = t.SealStatus(message.status)
+    return _made(t.SealResult, prompt_id=message.prompt_id, status=status, message=message.message)
 
 
 def _to_bytes(array: np.ndarray[Any, Any], wire: np.dtype[Any]) -> bytes:
     return (array if array.dtype == wire else array.astype(wire)).tobytes()
 
 
+def _read_payload(message: Any) -> t.GroupPayload:
+    samples = tuple([_read_sample(sample) for sample in message.samples])
+    return _made(t.GroupPayload, prompt=_read_prompt(message.prompt), samples=samples)
+
+
+_OUTCOMES = {int(outcome): outcome for outcome in t.Outcome if outcome}
 _BY_HAND: Mapping[type, tuple[Step, Read]] = {
     t.Prompt: (_fill_prompt, _read_prompt),
     t.Sample: (_fill_sample, _read_sample),

@@ -23,7 +23,7 @@ class BufferClient(ServiceClient):
     def __init__(self, address: str, **options: Any) -> None:
         super().__init__(address, **options)
         self._stub: Any = buffer_pb2_grpc.BufferServiceStub(self._channel)
-        self._put_groups: Any = self._channel.unary_unary(  # of bytes: the request is packed here
+        self._stub.PutGroups = self._channel.unary_unary(  # of bytes: the request is packed here
             "/milepost.v1.BufferService/PutGroups", response_deserializer=pb.PutGroupsResponse.FromString
         )
 
@@ -151,7 +151,7 @@ class BufferClient(ServiceClient):
 
     async def put_groups(self, run_id: str, *, groups: Sequence[t.Group]) -> tuple[t.SealResult, ...]:
         """Seals groups, each on its own; one result a group, in order."""
-        reply = await self._call(self._put_groups, pack_put(run_id, groups))
+        reply = await self._call(self._stub.PutGroups, pack_put(run_id, groups))
         return tuple(from_proto(t.SealResult, r) for r in reply.results)
 
     # ------------------------------------------------------------------ learners
