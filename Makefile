@@ -50,7 +50,7 @@ compose-test: setup
 GPU_PYTHON ?= python3
 .PHONY: gpu-test
 gpu-test:
-	$(GPU_PYTHON) -m pytest tests/gpu -W default $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m pytest tests/gpu tests/gpu_trainer -W default $(PYTEST_ARGS)
 
 # Publication beside a flat copy; the table is also written to runs/bench/gpu.json.
 .PHONY: gpu-bench
