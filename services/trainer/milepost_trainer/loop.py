@@ -132,6 +132,7 @@ class StepLoop:
             False when the run is over and not one of the prompts that it accepted was trained.
         """
         finished = False
+        await self._publisher.give_back()
         try:
             while not (finished := self._reached_the_end()) and await self._may_start():
                 step = self._state.step + 1
@@ -270,8 +271,9 @@ class StepLoop:
             self._publisher.moved_to(step, due=True)
             await self._save()
             return
-        refused = await self._start(step)
-        updates = await self._make_updates(step, lease)
+        async with self._publisher.borrowing():
+            refused = await self._start(step)
+            updates = await self._make_updates(step, lease)
         await self._commit(step, lease, refused, updates=updates)
         trace.committed(refused)
         self._publisher.moved_to(step, due=self._publishes(step))

@@ -20,9 +20,11 @@ numbers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,6 +33,7 @@ from milepost.client.router import RouterClient
 from milepost.errors import FailedPrecondition, MilepostError, NotFound, StaleTerm
 from milepost_common.metrics import Counter, Instrument, Phases
 from milepost_trainer.buckets import Bucket
+from milepost_trainer.engine_memory import EngineMemory
 from milepost_trainer.meters import (
     FAILED,
     IDLE,
@@ -105,6 +108,7 @@ class Publisher:
             router, transport, buckets=buckets, gather=gather, whole=whole, timeout_s=settings.timeout_s
         )
         self._settings = settings
+        self._memory = EngineMemory(router, settings, run_id=run_id)
         self._run_id = run_id
         self._fleet = t.Fleet()
         self._attempts: dict[int, int] = {}
@@ -216,6 +220,31 @@ class Publisher:
             except MilepostError as error:
                 log.debug("the router does not answer: %s", error)
             await asyncio.sleep(_WATCH_AGAIN_S)
+
+    @asynccontextmanager
+    async def borrowing(self) -> AsyncGenerator[None]:
+        """Engines lend their memory for the block, where the settings say so.
+
+        Raises:
+            StaleTerm: another trainer took over.
+        """
+        async with self._memory.lent(self.term):
+            yield
+        await self._look()
+
+    async def give_back(self) -> None:
+        """Memory that an earlier trainer borrowed goes back.
+
+        Raises:
+            StaleTerm: another trainer took over.
+        """
+        await self._memory.give_back(self.term)
+
+    async def _look(self) -> None:
+        """See the fleet as it is now: engines that lent their memory need weights at once."""
+        if self._settings.release_memory:
+            with contextlib.suppress(MilepostError):
+                self._saw(await self._router.list_engines(self._run_id))
 
     # ------------------------------------------------------------------ publishing
 
