@@ -25,6 +25,7 @@ MAX_GROUPS = 256
 MAX_GROUPS_BYTES = 15 * 1024 * 1024
 HASH_INLINE_BYTES = 1024 * 1024
 CREDIT_RETRY_S = 1.0
+_FACTS = json.JSONEncoder(separators=(",", ":"))
 
 _BLOCKED = {
     "CREDITS": "no credits: as many prompts wait as may; put them again when rollouts have taken some",
@@ -262,9 +263,8 @@ def _seal_args(group: t.Group) -> tuple[Arg, ...]:
         h.attempt,
         h.digest,
         len(group.payload),
-        json.dumps(
-            [h.num_tokens, h.rewards, h.num_loss_tokens, *([h.traceparent] if h.traceparent else [])],
-            separators=(",", ":"),
+        _FACTS.encode(
+            [h.num_tokens, h.rewards, h.num_loss_tokens, *([h.traceparent] if h.traceparent else [])]
         ),
         len(h.num_tokens),
         int(any(o.is_error for o in h.outcomes)),

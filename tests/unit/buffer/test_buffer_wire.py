@@ -119,6 +119,7 @@ async def test_a_redis_that_stands_still_fails_its_callers_in_time(tmp_path) -> 
     async with EmbeddedRedis(tmp_path / "redis") as redis:
         link = RedisLink(redis.url, timeout_s=0.3)
         try:
+            await link.wait_ready(wait_s=10)
             await link.ask([command("PING")], replies=1)
             os.kill(redis.pid, signal.SIGSTOP)
             calls = [asyncio.ensure_future(link.ask([command("PING")], replies=1)) for _ in range(3)]
