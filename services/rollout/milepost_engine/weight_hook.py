@@ -359,18 +359,23 @@ def _lanes(device_index: int) -> tuple[torch.cuda.Stream, ...]:
 
 def _disproof(model: nn.Module, plan: Plan) -> str:
     """Why a plan does not do what the loader did; empty: it does. The weights are right afterwards."""
-    expected = checksum(model)
-    for target, _ in plan.large:
+    targets = [target for target, _ in plan.large] + [x for targets, _ in plan.small for x in targets]
+    written = _written(model, targets)
+    expected = _sum(written)
+    for target in targets:
         _spoil(target)
-    for targets, _ in plan.small:
-        for target in targets:
-            _spoil(target)
-    spoilt = checksum(model)
+    spoilt = _sum(written)
     plan.run(model)
-    if checksum(model) == expected and (spoilt != expected or not plan.num_copies):
+    if _sum(written) == expected and (spoilt != expected or not plan.num_copies):
         return ""
     load_weights(model, plan.sources)
     return "its copies done again give other weights"
+
+
+def _written(model: nn.Module, targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The weights that copies go to, whole: what else a model has they cannot change."""
+    storages = {target.untyped_storage().data_ptr() for target in targets}
+    return [x for x in _all(model) if x.untyped_storage().data_ptr() in storages]
 
 
 def _spoil(target: torch.Tensor) -> None:
@@ -379,8 +384,16 @@ def _spoil(target: torch.Tensor) -> None:
 
 def checksum(model: nn.Module) -> str:
     """A number for all weights of a model: each element counts with its place (sums modulo 2^64)."""
+    return _sum(_all(model))
+
+
+def _all(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _sum(tensors: Sequence[torch.Tensor]) -> str:
     total = 0
-    for index, tensor in enumerate((*model.parameters(), *model.buffers())):
+    for index, tensor in enumerate(tensors):
         total = (total * 1_000_003 + index + _digest(tensor)) % (1 << 64)
     return f"{total:016x}"
 
