@@ -1,0 +1,85 @@
+"""The arithmetic task with SGLang on GPUs: a warm start, a run that is watched and killed, and its judges."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launched import group_of
+from milepost import RolloutClient
+from milepost.errors import MilepostError
+from stack import ARITHMETIC, MILEPOST, Stack, run, until, write_config
+
+
+def warm_start(folder: Path, *, prompts: int) -> Path:
+    """A model that is right three times in ten; its data beside it."""
+    run(sys.executable, ARITHMETIC / "make_data.py", "--out", folder / "data", "--train", str(prompts))
+    shape = ("--hidden", "256", "--layers", "2", "--heads", "4")
+    run(sys.executable, ARITHMETIC / "make_model.py", "--out", folder / "model", *shape)
+    (folder / "sft").mkdir()
+    table = {
+        "data": str(folder / "data" / "warm_start.jsonl"),
+        "output_dir": str(folder / "warm"),
+        "num_steps": 600,
+        "batch_size": 128,
+        "lr": 1e-3,
+        "warmup_updates": 20,
+    }
+    config = write_config(folder / "sft", folder / "model", trainer__sft=table)
+    run(MILEPOST, "trainer", "sft", "--config", config, timeout_s=180)
+    return folder / "warm"
+
+
+def step_rows(stack: Stack) -> dict[int, dict[str, Any]]:
+    """What the trainer wrote of each step, the last time that it did."""
+    path = stack.run_dir / "metrics.jsonl"
+    found: dict[int, dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
+            row = json.loads(line)
+            found[row["step"]] = row
+    return found
+
+
+def kill_sglang(launcher: int) -> None:
+    """kill -9 of the whole server that a launcher started."""
+    (server,) = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for pid in group_of(int(server)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+async def committed(stack: Stack, buffer: Any, step: int) -> bool:
+    """That step is in the ledger; fails with the logs where the stack has ended."""
+    if stack.process.poll() is not None:
+        pytest.fail(stack.logs())
+    with contextlib.suppress(MilepostError):
+        return (await stack.stats(buffer)).committed_step >= step
+    return False
+
+
+async def held_out(stack: Stack) -> Any:
+    """An evaluation in which every prompt was scored under one version."""
+    async with RolloutClient(stack.address("rollout")) as rollout:
+
+        async def evaluated() -> Any:
+            result = await rollout.evaluate()
+            return result if result.num_scored == result.num_requested else None
+
+        return await until("one version was evaluated", evaluated, within_s=60)
+
+
+async def audited(stack: Stack, buffer: Any) -> tuple[Any, str]:
+    """The ledger's account, and what `milepost ledger --audit` says of it before its witnesses."""
+    told = run(
+        MILEPOST, "ledger", "--run", stack.run_id, "--buffer", buffer.address, "--audit",
+        "--witness", stack.run_dir,
+    )  # fmt: skip
+    return await buffer.audit_ledger(stack.run_id), told
