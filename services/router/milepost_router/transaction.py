@@ -438,7 +438,7 @@ class Transaction:
         self.why_aborted = self.why_aborted or why
         log.warning("transaction %s aborted: %s", self.plan.transaction_id, why)
         if self._joining is not None:
-            self._joining.cancel()
+            await self._end_joining(self._joining)
         stale: list[str] = []
         left = [m for m in self.members if m.present]
         gone = {m: m.failed for m in left if m.failed and m.gone}
@@ -452,6 +452,12 @@ class Transaction:
         self.phase = Phase.ABORTED
         self._clock.end("aborted")
         self.ended.set()
+
+    async def _end_joining(self, joining: asyncio.Task[None]) -> None:
+        """A join over NCCL waits for nobody else, so it is heard out: who is cut off in it is stuck."""
+        if self.plan.request.transport is Transport.NCCL:
+            await asyncio.wait({joining}, timeout=self.plan.straggler_s)
+        joining.cancel()
 
     # ------------------------------------------------------------------------------------ within
 

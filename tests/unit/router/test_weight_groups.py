@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import orjson
 import pytest
 from aiohttp import web
@@ -159,6 +161,35 @@ async def test_a_trainer_that_gives_up_in_mid_broadcast_leaves_nobody_hanging(la
     await first_bucket(launched, tools, prepared)
     await launched.transactions.abort(prepared.transaction_id, term=1, reason="its communicator broke")
     assert all(launched.record(name).restart for name in "abc")
+
+
+async def test_a_transaction_that_ends_while_members_join_waits_for_them(launched, tools):
+    answer = asyncio.Event()
+
+    async def later(request, body):
+        await answer.wait()
+
+    first = await publish(launched, tools)
+    launched.engines["a"].reactions[LEAVE] = later  # it frees memory of its GPU, which takes a while
+    prepared = await launched.transactions.prepare(collective(tools, label=1, attempt=2))
+    assert prepared.group_name != first.group_name
+    await launched.engines["a"].called(LEAVE)
+    aborting = asyncio.create_task(
+        launched.transactions.abort(prepared.transaction_id, term=1, reason="not these weights")
+    )
+    await launched.engines["b"].called(JOIN)
+    answer.set()
+    assert await aborting == ()
+    assert set(launched.states().values()) == {"SERVING"}
+    assert not any(launched.record(name).restart for name in "abc")
+
+
+async def test_a_member_that_does_not_come_back_from_joining_is_started_again(launched, tools):
+    launched.engines["a"].hang(JOIN)
+    prepared = await launched.transactions.prepare(collective(tools))
+    await launched.engines["a"].called(JOIN)
+    await launched.transactions.abort(prepared.transaction_id, term=1, reason="not these weights")
+    assert [launched.record(name).restart for name in "abc"] == [True, False, False]
 
 
 async def test_weights_that_arrived_are_no_reason_to_start_anything_again(launched, tools):
