@@ -129,6 +129,8 @@ class Rank:
                 return await self.on_thread(self.learner.finish_update)
             case "gather_bucket":
                 return await self.on_thread(lambda: backend.gather_bucket(*args))
+            case "score":
+                return await self.on_thread(lambda: self.learner.score(*args))
             case "whole_weights":
                 return await self.on_thread(lambda: backend.whole_weights(*args))
             case "save":

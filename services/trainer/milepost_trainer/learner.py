@@ -15,14 +15,14 @@ begun again. That size stays for later steps. Totals, weights and random numbers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from milepost_trainer.backends.base import Backend, MicroBatchResult
-from milepost_trainer.batch import FloatArray, MicroBatch
+from milepost_trainer.batch import FloatArray, MicroBatch, SequenceBatch, TrainSequence
 from milepost_trainer.memory import MemoryPeaks, PeakMeter, largest, over_ranks
 from milepost_trainer.objectives.base import LossAggregation, Objective
 from milepost_trainer.plan import StepPlan
@@ -206,6 +206,17 @@ class Learner:
         while True:
             if all(self.train_micro_batch(i) is None for i in range(self.start_update(index))):
                 return self.finish_update()
+
+    def score(self, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
+        """Log-probs (nats, at temperature 1) of an output after its prompt, by a pass of all ranks."""
+        tokens = np.array([*prompt, *output], dtype=np.int32)
+        mask = (np.arange(len(tokens)) >= len(prompt)).astype(np.uint8)
+        blank = np.zeros(len(tokens), dtype=np.float32)
+        sequences = SequenceBatch.concatenate([TrainSequence(tokens=tokens, loss_mask=mask, logprobs=blank)])
+        batch = sequences.micro_batch(
+            [0], token_weights=np.ones(1, dtype=np.float32), device=self.backend.world.device
+        )
+        return self.backend.forward_logprobs(batch).tolist()
 
     # ------------------------------------------------------------------ packing
 

@@ -31,6 +31,7 @@ from milepost_common.telemetry import logs, tracing
 from milepost_trainer.crew import Crew, StepOrder, StepStart
 from milepost_trainer.learner import UpdateReport
 from milepost_trainer.ledger import Ledger
+from milepost_trainer.logprob_check import LogprobCheck
 from milepost_trainer.meters import StepMeter
 from milepost_trainer.metrics import shortage_notes, step_metrics
 from milepost_trainer.plan import GroupInfo, plan_step
@@ -62,6 +63,7 @@ class StepLoop:
         recorder: metrics and step log.
         state: what others see and ask for.
         stop: set when the trainer shall end.
+        logprobs: looks at engines after each publication; None: nobody does.
 
     Attributes:
         meter: the last step as metrics.
@@ -78,8 +80,9 @@ class StepLoop:
         recorder: Recorder,
         state: TrainerState,
         stop: asyncio.Event,
+        logprobs: LogprobCheck | None = None,
     ) -> None:
-        self._settings = settings
+        self._settings, self._logprobs = settings, logprobs
         self._ledger = ledger
         self._crew = crew
         self._publisher = publisher
@@ -279,10 +282,18 @@ class StepLoop:
         self._publisher.moved_to(step, due=self._publishes(step))
         with self._clock.timing("publish"):
             await self._publish()
+        checked = await self._check(step) if self._logprobs is not None else {}
         with self._clock.timing("checkpoint"):
             if step % self._settings.checkpoint.every == 0 or self._save_is_wanted():
                 await self._save()
-        self._report(step, lease.groups, updates, dropped=len(refused))
+        self._report(step, lease.groups, updates, dropped=len(refused), more=checked)
+
+    async def _check(self, step: int) -> dict[str, float | None]:
+        """What engines make of the weights of this step, if they have them."""
+        if self._logprobs is None or self._publisher.published.label != step:
+            return {}
+        worst = await self._logprobs.run(step, await self._publisher.serving())
+        return {"train/engine_logprob_abs_diff": worst}
 
     async def _start(self, step: int) -> Mapping[str, str]:
         """Wait for the step's data; returns the groups that are left out, each with the reason."""
@@ -350,7 +361,13 @@ class StepLoop:
         self._state.step = step
 
     def _report(
-        self, step: int, groups: Sequence[t.StepGroup], updates: Sequence[UpdateReport], *, dropped: int
+        self,
+        step: int,
+        groups: Sequence[t.StepGroup],
+        updates: Sequence[UpdateReport],
+        *,
+        dropped: int,
+        more: Mapping[str, float | None],
     ) -> None:
         metrics = step_metrics(
             groups=groups,
@@ -361,7 +378,7 @@ class StepLoop:
             dropped=dropped,
             replayed=step <= self._committed_before,
             wall_time=time.time(),
-        )
+        ) | dict(more)
         self._recorder.write_metrics(step, metrics)
         log.info("step %d committed: %d groups, loss %.4f", step, len(groups), updates[-1].loss)
         staleness = [group.staleness for group in groups]

@@ -62,6 +62,13 @@ STEP = (
         when_bad="below 0.9: samples are of another policy; truncated_importance_sampling, fresher samples",
     ),
     _step(
+        "train/engine_logprob_abs_diff",
+        "largest distance of an engine's log-probs from the trainer's right after publication; with "
+        "debug.check_logprobs",
+        unit="nat",
+        when_bad="above debug.logprob_tolerance: weights did not arrive as sent, or numerics differ",
+    ),
+    _step(
         "train/grad_norm",
         "largest norm of a gradient before clipping",
         when_bad="spikes: see the step's transcripts; absent: it was not finite and the update was skipped",

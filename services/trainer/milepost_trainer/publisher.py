@@ -240,6 +240,16 @@ class Publisher:
         """
         await self._memory.give_back(self.term)
 
+    async def serving(self) -> list[t.Engine]:
+        """Engines that serve what is published, as the router has it now; none where it does not say."""
+        try:
+            fleet = await self._router.list_engines(self._run_id)
+        except MilepostError as error:
+            log.warning("the router does not say who serves version %d: %s", self.published.version, error)
+            return []
+        serves = (t.EngineState.SERVING, self.published.version)
+        return [e for e in fleet.engines if (e.state, e.weight_version) == serves]
+
     async def _look(self) -> None:
         """See the fleet as it is now: engines that lent their memory need weights at once."""
         if self._settings.release_memory:

@@ -32,6 +32,7 @@ from milepost_trainer.checkpoint import CheckpointStore
 from milepost_trainer.crew import Crew, Rank
 from milepost_trainer.learner import Learner
 from milepost_trainer.ledger import Ledger
+from milepost_trainer.logprob_check import LogprobCheck
 from milepost_trainer.loop import StepLoop
 from milepost_trainer.objectives.build import build_objective
 from milepost_trainer.profiler import StepProfiler
@@ -148,6 +149,7 @@ async def _lead(settings: TrainerSettings, rank: Rank, stack: AsyncExitStack, st
         recorder=recorder,
         state=state,
         stop=stop,
+        logprobs=_logprob_check(settings, crew, rank.learner.backend),
     )
     server = GrpcServer(listen=settings.listen, advertise=settings.advertise)
     server.add(trainer_pb2_grpc.add_TrainerServiceServicer_to_server, TrainerServicer(state), SERVICE)
@@ -201,6 +203,12 @@ async def _beside(main: Coroutine[Any, Any, T], others: Sequence[Coroutine[Any, 
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _logprob_check(settings: TrainerSettings, crew: Crew, backend: Backend) -> LogprobCheck | None:
+    if not settings.debug.check_logprobs:
+        return None
+    return LogprobCheck(crew, vocab_size=backend.vocab_size, tolerance=settings.debug.logprob_tolerance)
 
 
 async def _publisher(

@@ -186,10 +186,10 @@ class ProfileSettings(Table):
 
 
 class DebugSettings(Table):
-    """Faults by order, to rehearse what happens then: `[trainer.debug]`. Not for a run that matters."""
+    """Faults by order, to rehearse what happens then, and checks that cost time: `[trainer.debug]`."""
 
     enabled: bool = False
-    """Without it every other key of this table is refused."""
+    """Without it faults are refused."""
     out_of_memory: Literal["", "forward", "head", "backward", "clip", "optimizer"] = ""
     """Where a rank runs out of memory: in a pass (before the middle layer, before the LM head, on the way
     back), or once in the gradient norm or the optimizer."""
@@ -197,6 +197,12 @@ class DebugSettings(Table):
     """Which rank; -1: every one."""
     out_of_memory_tokens: int = Field(default=0, ge=0)
     """Passes of more tokens than this run out of memory."""
+
+    check_logprobs: bool = False
+    """After each publication every engine generates a few tokens, whose log-probs are compared with the
+    trainer's own. It breaks nothing and needs no `enabled`, but holds each step up."""
+    logprob_tolerance: float = Field(default=0.1, gt=0)
+    """Differences above it are warned of, in nats; engines in bfloat16 need about 0.1."""
 
     @model_validator(mode="after")
     def _is_asked_for(self) -> DebugSettings:
