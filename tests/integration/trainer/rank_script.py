@@ -3,14 +3,15 @@
 On CUDA where RANK_SCRIPT_DEVICE says so. A job's keys: model_dir, out (rank 0 writes its report there), steps
 (list of step numbers), settings (of the trainer), and optionally load, save, export, poison (step in which an
 importance ratio is made to blow up), rest (the backend rests before and after every step, and whatever
-follows finds it at rest), scale (sequences are so many times as long), room_mib (on CUDA, what the last rank
-may take beyond the model).
+follows finds it at rest), scale (sequences are so many times as long), room_mib (what the last rank may
+take beyond the model).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,12 @@ def weights_of(backend: Any) -> list[torch.Tensor]:
 
 
 def limit(world: World, room_mib: int) -> None:
-    """On the last rank, CUDA's memory ends this far above what is taken now; -1 takes the limit away."""
-    if world.rank == world.size - 1:
+    """On the last rank, memory ends this far above what is taken now; -1 takes the limit away."""
+    if world.rank == world.size - 1 and world.device.type == "cpu":
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        soft = resource.RLIM_INFINITY if room_mib < 0 else taken + room_mib * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+    elif world.rank == world.size - 1:
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(world.device).total_memory
         taken = torch.cuda.memory_reserved(world.device) + room_mib * 2**20
@@ -120,8 +125,7 @@ def run(job: dict[str, Any], world: World) -> None:
     learner = Learner(backend, objective, loss_aggregation=settings.objective.loss_aggregation)
     if "load" in job:
         backend.load(Path(job["load"]))
-    if world.device.type == "cuda":
-        limit(world, job.get("room_mib", -1))
+    limit(world, job.get("room_mib", -1))
     reports = train(learner, settings, job, world)
     if "save" in job:
         backend.save(Path(job["save"]))
