@@ -36,6 +36,10 @@ def from_rpc_error(rpc_error: AioRpcError) -> errors.MilepostError:
     for key, value in rpc_error.trailing_metadata() or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             return _from_details(rpc_error.code(), message, value)
+    if rpc_error.code() is grpc.StatusCode.CANCELLED:
+        # A server that stops says so, without details, to calls that it has just taken; what we cancel
+        # ourselves is asyncio.CancelledError.
+        return errors.Unavailable("the service ended the call; is it stopping?")
     return errors.from_status(rpc_error.code(), message)
 
 

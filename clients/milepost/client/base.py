@@ -175,14 +175,8 @@ class ServiceClient:
             await asyncio.gather(writing, return_exceptions=True)
 
     def _error(self, rpc_error: AioRpcError) -> errors.MilepostError:
-        """What a failed call means to its caller.
-
-        CANCELLED is what a server that stops says to calls that it has just taken; what we cancel ourselves
-        is `asyncio.CancelledError`.
-        """
+        """What a failed call means to its caller."""
         error = from_rpc_error(rpc_error)
-        if isinstance(error, errors.Cancelled):
-            error = errors.Unavailable("the service ended the call; is it stopping?")
         if (
             isinstance(error, errors.Unavailable | errors.DeadlineExceeded)
             and self.address not in error.message
