@@ -87,6 +87,24 @@ class MicroBatch:
         """T, the tokens that go through the model."""
         return int(self.input_ids.shape[1])
 
+    def predicted(self, cut: slice) -> MicroBatch:
+        """The same with a part of its predicted tokens."""
+
+        def part(tensor: torch.Tensor | None) -> Any:
+            return None if tensor is None else tensor[cut]
+
+        return replace(
+            self,
+            source=self.source[cut],
+            target=self.target[cut],
+            temperature=part(self.temperature),
+            old_logprobs=self.old_logprobs[cut],
+            advantages=self.advantages[cut],
+            weights=self.weights[cut],
+            reference_logprobs=part(self.reference_logprobs),
+            proximal_logprobs=part(self.proximal_logprobs),
+        )
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device; from pinned memory the copies do not wait."""
         return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))

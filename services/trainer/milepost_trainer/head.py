@@ -1,11 +1,13 @@
 """The LM head, fused with what is read from its logits: log-prob and entropy of each predicted token.
 
-    forward   chunk of [C, H] --matmul--> logits [C, V] --one pass--> log-prob, log-sum-exp, entropy [C]
-    backward  the same logits again --in place--> their gradient --two matmuls--> dH [C, H], dW += [V, H]
+    chunk of [C, H] --matmul--> logits [C, V] --one pass--> log-prob, log-sum-exp, entropy [C]
+           dlogits, in place of the logits --two matmuls--> dH [C, H], dW += [V, H]
 
 Shapes: M predicted tokens, C tokens of a chunk, H hidden size, V vocabulary. Logits exist for one chunk at a
-time and in the dtype of the weights; those of the last chunk wait for the backward pass, which begins with
-it. ``dW`` is added up in float32 whatever the dtype, so results do not depend on the chunk size beyond
+time and in the dtype of the weights. The second line belongs to the backward pass, which computes the logits
+again (but those of the last chunk, which wait for it). A caller that can tell the loss's slope from a chunk's
+log-probs alone has it done in the forward pass, while the logits are there: one product less of four.
+``dW`` is added up in float32 whatever the dtype, so results do not depend on the chunk size beyond
 rounding. On CUDA the pass over the logits is one Triton kernel each way (``head_kernels``), elsewhere plain
 torch with the same formulas:
 
@@ -16,7 +18,7 @@ torch with the same formulas:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -54,6 +56,10 @@ class RowScores:
     entropy: torch.Tensor | None
 
 
+Slope = Callable[[slice, RowScores], torch.Tensor]
+"""Gradient of the loss with respect to the log-probs of the tokens in a slice, [C], from their scores."""
+
+
 def score_tokens(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -63,6 +69,7 @@ def score_tokens(
     temperature: torch.Tensor | None = None,
     chunk_tokens: int = 4096,
     with_entropy: bool = False,
+    slope: Slope | None = None,
 ) -> TokenScores:
     """Log-softmax of ``hidden @ weight.T / temperature`` at the target tokens, chunk by chunk.
 
@@ -74,12 +81,14 @@ def score_tokens(
         temperature: float32 [M] or None for 1.
         chunk_tokens: tokens whose logits exist at once.
         with_entropy: also return the entropy of each position; its gradient costs nothing unless used.
+        slope: of the loss that will be differentiated, and of no other: the gradients that the backward pass
+            hands out are made from it. Entropies then have none.
 
     Returns:
         Scores of all M tokens.
     """
-    scored = cast(Any, _Scores).apply(hidden, weight, bias, target, temperature, chunk_tokens, with_entropy)
-    return TokenScores(*scored)
+    options = (chunk_tokens, with_entropy, slope)
+    return TokenScores(*cast(Any, _Scores).apply(hidden, weight, bias, target, temperature, *options))
 
 
 class _Scores(torch.autograd.Function):
@@ -95,29 +104,47 @@ class _Scores(torch.autograd.Function):
         temperature: torch.Tensor | None,
         chunk_tokens: int,
         with_entropy: bool,
+        slope: Slope | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        wanted: tuple[bool, ...] = ctx.needs_input_grad
+        early = _Sums.of(hidden, weight, bias, wanted) if slope is not None and any(wanted) else None
         cuts = list(_cuts(hidden.shape[0], chunk_tokens))
         rows: list[RowScores] = []
         logits: torch.Tensor | None = None
         for cut in cuts:
             del logits  # before the next chunk's exist
             logits = nn.functional.linear(hidden[cut], weight, bias)
-            rows.append(score_rows(logits, target[cut], _of(temperature, cut), with_entropy=with_entropy))
+            heat = _of(temperature, cut)
+            rows.append(score_rows(logits, target[cut], heat, with_entropy=with_entropy))
+            if early is not None and slope is not None:
+                steep = slope(cut, rows[-1]).detach()
+                early.add(
+                    cut, grad_rows_(logits, target[cut], heat, rows[-1], steep, None), hidden[cut], weight
+                )
         lse = torch.cat([row.lse for row in rows])
         entropy = torch.cat([cast(torch.Tensor, row.entropy) for row in rows]) if with_entropy else None
-        kept = logits if any(ctx.needs_input_grad) else None
-        ctx.save_for_backward(hidden, weight, bias, target, temperature, lse, entropy, kept)
         ctx.set_materialize_grads(False)
-        ctx.cuts = cuts
+        ctx.cuts, ctx.early = cuts, early is not None
+        if early is not None:
+            ctx.save_for_backward(*early.grads(weight))
+        else:
+            kept = logits if any(wanted) else None
+            ctx.save_for_backward(hidden, weight, bias, target, temperature, lse, entropy, kept)
         return torch.cat([row.logprobs for row in rows]), entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, target, temperature, lse, entropy, kept = ctx.saved_tensors
-        wanted: tuple[bool, ...] = ctx.needs_input_grad
         grad_logprobs, grad_entropy = grads
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
+        if ctx.early:
+            if grad_entropy is not None:
+                raise RuntimeError(
+                    "the loss depends on entropies: leave slope out, which knows log-probs alone"
+                )
+            return *ctx.saved_tensors, None, None, None, None, None
+        hidden, weight, bias, target, temperature, lse, entropy, kept = ctx.saved_tensors
+        wanted: tuple[bool, ...] = ctx.needs_input_grad
         grad_logprobs = torch.zeros_like(lse) if grad_logprobs is None else grad_logprobs
         sums = _Sums.of(hidden, weight, bias, wanted)
         for cut in reversed(cast(list[slice], ctx.cuts)):
@@ -133,7 +160,7 @@ class _Scores(torch.autograd.Function):
             )
             sums.add(cut, slope, hidden[cut], weight)
             del logits, slope
-        return *sums.grads(weight), None, None, None, None
+        return *sums.grads(weight), None, None, None, None, None
 
 
 @dataclass

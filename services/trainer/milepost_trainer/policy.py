@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from milepost_trainer import attention
 from milepost_trainer.batch import MicroBatch
-from milepost_trainer.head import TokenScores, score_tokens
+from milepost_trainer.head import Slope, TokenScores, score_tokens
 
 _UNSUPPORTED_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -51,8 +51,10 @@ class Policy(nn.Module):
         """The decoder's layers: the units of sharding and of activation checkpointing."""
         return cast(nn.ModuleList, cast(Any, self.lm).get_decoder().layers)
 
-    def forward(self, batch: MicroBatch, *, with_entropy: bool = False) -> TokenScores:
-        """Score every predicted token of a micro-batch."""
+    def forward(
+        self, batch: MicroBatch, *, with_entropy: bool = False, slope: Slope | None = None
+    ) -> TokenScores:
+        """Score every predicted token of a micro-batch; ``slope`` as in ``score_tokens``."""
         lm = cast(Any, self.lm)
         hidden = lm.get_decoder()(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, layout=batch.layout
@@ -66,6 +68,7 @@ class Policy(nn.Module):
             temperature=batch.temperature,
             chunk_tokens=self.head_chunk_tokens,
             with_entropy=with_entropy,
+            slope=slope,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from milepost_trainer.head import TokenScores, score_tokens
+from milepost_trainer.head import RowScores, TokenScores, score_tokens
 
 M, H, V = 37, 8, 51
 
@@ -118,3 +118,33 @@ def test_all_logits_never_exist_at_once() -> None:
     with _Largest() as seen:
         _loss(_plain(inputs)).backward()
     assert seen.numel == M * V, "the plain path does hold them: the measure works"
+
+
+@pytest.mark.parametrize("chunk", [5, M, 1000])
+def test_gradients_made_in_the_forward_pass_are_the_same(chunk: int) -> None:
+    inputs = _inputs(torch.float64)
+    leaves = [inputs[name] for name in ("hidden", "weight", "bias")]
+    cuts: list[slice] = []
+
+    def slope(cut: slice, rows: RowScores) -> torch.Tensor:
+        cuts.append(cut)
+        return 2 * rows.logprobs / M
+
+    plain = _plain(inputs)
+    fused = score_tokens(**inputs, chunk_tokens=chunk, with_entropy=True, slope=slope)
+    assert sum(cut.stop - cut.start for cut in cuts) == M
+    torch.testing.assert_close(fused.entropy, plain.entropy, rtol=0, atol=1e-12)
+    wanted = torch.autograd.grad(plain.logprobs.square().sum() / M, leaves)
+    for ours, theirs in zip(
+        torch.autograd.grad(fused.logprobs.square().sum() / M, leaves), wanted, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_a_slope_goes_with_no_loss_of_entropies() -> None:
+    inputs = _inputs(torch.float64)
+    scores = score_tokens(
+        **inputs, chunk_tokens=5, with_entropy=True, slope=lambda _, rows: torch.ones_like(rows.logprobs)
+    )
+    with pytest.raises(RuntimeError, match="leave slope out"):
+        _loss(scores).backward()

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -33,6 +34,7 @@ from milepost_trainer.backends.recovery import Recovery, free_unused
 from milepost_trainer.batch import MicroBatch
 from milepost_trainer.buckets import Bucket
 from milepost_trainer.export import write_hf_export
+from milepost_trainer.head import RowScores, TokenScores
 from milepost_trainer.layers import prepare_layers
 from milepost_trainer.objectives.base import Objective
 from milepost_trainer.policy import Policy, load_policy
@@ -104,7 +106,11 @@ class FsdpBackend(Backend):
             return MicroBatchResult(num_tokens=0)
         if isinstance(self._policy, FSDPModule):
             self._accumulate(self._policy, last=last)
-        scores = self._policy(batch, with_entropy=self._settings.objective.entropy)
+        scores = self._policy(
+            batch,
+            with_entropy=self._settings.objective.entropy,
+            slope=partial(self._slope, objective, batch),
+        )
         result = objective.token_loss(batch, scores)
         loss = (result.loss * batch.weights).sum()
         (loss * self.world.size).backward()
@@ -115,6 +121,16 @@ class FsdpBackend(Backend):
         if last:
             _ = summary.loss  # waits for the device: the passes' time is theirs, and not the optimizer's
         return summary
+
+    def _slope(self, objective: Objective, batch: MicroBatch, cut: slice, rows: RowScores) -> torch.Tensor:
+        """Gradient of a chunk's part of the loss with respect to its log-probs: objectives judge each token
+        by itself, so a part is enough."""
+        part = batch.predicted(cut)
+        with torch.enable_grad():
+            logprobs = rows.logprobs.detach().requires_grad_()
+            losses = objective.token_loss(part, TokenScores(logprobs, rows.entropy)).loss
+            loss = (losses * part.weights).sum() * self.world.size
+        return torch.autograd.grad(loss, logprobs)[0]
 
     def _accumulate(self, policy: FSDPModule, *, last: bool) -> None:
         """Until the last micro-batch, gradients may stay whole on each rank: nothing to reduce, no weights to

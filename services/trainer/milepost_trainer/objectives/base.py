@@ -62,7 +62,8 @@ class Objective(ABC):
 
     @abstractmethod
     def token_loss(self, batch: MicroBatch, scores: TokenScores) -> TokenLoss:
-        """Loss of each predicted token of a micro-batch."""
+        """Loss of each predicted token of a micro-batch, judged by itself: the LM head asks for the slope of
+        a part of them while that part's logits exist. ``scores.entropy`` has no gradient."""
 
 
 def token_weights(
