@@ -249,7 +249,8 @@ def _each_tensor(value: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
         return _each_tensor(item, change) if is_dataclass(item) else item
 
     made: Any = value
-    return replace(made, **{each.name: changed(getattr(made, each.name)) for each in fields(made)})
+    given = [each.name for each in fields(made) if each.init]
+    return replace(made, **{name: changed(getattr(made, name)) for name in given})
 
 
 def _check(index: int, item: TrainSequence) -> None:
