@@ -4,7 +4,7 @@ On CUDA where RANK_SCRIPT_DEVICE says so. A job's keys: model_dir, out (rank 0 w
 (list of step numbers), settings (of the trainer), and optionally load, save, export, poison (step in which an
 importance ratio is made to blow up), rest (the backend rests before and after every step, and whatever
 follows finds it at rest), scale (sequences are so many times as long), room_mib (what the last rank may
-take beyond the model).
+take beyond the model), older (torch has no `reset_iter_state`, as before 2.13).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from milepost_trainer.backends.fsdp import FsdpBackend
 from milepost_trainer.batch import TrainSequence
@@ -120,6 +121,8 @@ def run(job: dict[str, Any], world: World) -> None:
         device=world.device.type,
         **job["settings"],
     )
+    if job.get("older"):
+        del FSDPModule.reset_iter_state  # for this process and good: such jobs come last
     objective = build_objective(settings.objective)
     backend = FsdpBackend(settings, world, with_reference=objective.needs_reference)
     learner = Learner(backend, objective, loss_aggregation=settings.objective.loss_aggregation)

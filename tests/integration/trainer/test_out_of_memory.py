@@ -193,6 +193,16 @@ def test_in_a_later_pass_with_modules_that_stayed_whole(two: dict[str, Report]) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_where_torch_cannot_reset_an_iteration(folder: Path) -> None:
+    jobs = {"clean": LATE, "backward": LATE | fault("backward", rank=1), "head": LATE | fault("head", rank=0)}
+    found = results(folder, 2, jobs, {"backward": {"older": True}})
+    for name in ("backward", "head"):
+        assert_same(found[name], found["clean"])
+        assert_was_halved(found[name], found["clean"])
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("place", ["forward", "backward"])
 def test_in_mixed_precision(two: dict[str, Report], place: str) -> None:

@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from milepost.errors import ResourceExhausted
 from milepost_trainer.batch import MicroBatch, dummy_batch
@@ -45,6 +46,13 @@ from milepost_trainer.world import World
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_UNDER_WAY = (
+    "_all_gather_result",
+    "_post_reduce_event",
+    "_all_reduce_state",
+    "_reshard_after_forward_event",
+    "_partial_reduce_output",
+)
 _SIGNS = ("out of memory", "alloc_failed", "can't allocate memory")
 
 
@@ -270,14 +278,48 @@ def _as_before(optimizer: torch.optim.Optimizer, steps: Mapping[Any, torch.Tenso
 
 
 def _reset(root: FSDPModule) -> None:
-    """`reset_iter_state`, with what torch 2.13 leaves out: a root that never ran, unreduced gradients."""
+    """Forget a pass that was left in its middle.
+
+    torch 2.13 brings `reset_iter_state`; a root that never ran and gradients that are not reduced yet are
+    left to us. Older versions have the same state and no call that forgets it.
+    """
     root_state: Any = root._get_fsdp_state()  # pyright: ignore[reportPrivateUsage]
     if root_state._is_root is None:
         return
-    root.reset_iter_state()
+    if hasattr(root, "reset_iter_state"):
+        root.reset_iter_state()
+    else:
+        _reset_by_hand(root_state)
     for state in root_state._state_ctx.all_states:
-        for group in state._fsdp_param_groups:
+        for group in _groups(state):
             for parameter in group.fsdp_params:
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):
                     parameter._unsharded_param.grad = None
+
+
+def _reset_by_hand(root_state: Any) -> None:
+    """What `reset_iter_state` does, once nothing is under way on the device."""
+    if root_state._device.type == "cuda":
+        torch.cuda.synchronize(root_state._device)
+    shared, comm = root_state._state_ctx, root_state._comm_ctx
+    shared.iter_forward_root, shared.post_backward_final_callback_queued = None, False
+    comm.all_gather_state = comm.reduce_scatter_state = None
+    for name in ("post_forward_order", "reduce_scatter_states", "_last_post_reduce_events"):
+        getattr(comm, name, []).clear()
+    for state in shared.all_states:
+        state._modules_to_run_forward.clear()
+        state._training_state = TrainingState.IDLE
+        for group in _groups(state):
+            for name in _UNDER_WAY:
+                setattr(group, name, None)
+            group._post_forward_indices.clear()
+            group._training_state = TrainingState.IDLE
+            group._to_sharded()
+
+
+def _groups(state: Any) -> list[Any]:
+    """A module's groups of parameters; before torch 2.12 it has one or none."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
