@@ -95,6 +95,7 @@ def test_checkpointing_changes_nothing(model_dir: Path, checkpointing: str, ever
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_compiled_layers_agree_and_share_one_compilation(model_dir: Path, checkpointing: str) -> None:
     """Rows of other lengths, other numbers of sequences: no graph break, nothing compiled anew."""
@@ -113,6 +114,7 @@ def test_compiled_layers_agree_and_share_one_compilation(model_dir: Path, checkp
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_compiled_without_attention_of_ours_would_leak(model_dir: Path) -> None:
     """The control: the compiled layer does look at the layout that it is given."""
     compiled = _load(model_dir)
