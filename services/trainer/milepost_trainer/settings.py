@@ -42,7 +42,7 @@ class ObjectiveSettings(Table):
     truncated_importance_sampling: float = Field(default=0.0, ge=0)
     """Cap of the importance weight between trainer and engine; 0 turns it off, 2 is common."""
     entropy: bool = True
-    """Report the policy's entropy; costs a second pass over the logits."""
+    """Report the policy's entropy."""
 
 
 class OptimizerSettings(Table):
