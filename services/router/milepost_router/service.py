@@ -58,10 +58,59 @@ class Router:
     instruments: Sequence[Instrument]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a router is made of."""
+
+    fleet: Fleet
+    pool: Pool
+    ledger: Ledger | None
+    memory: Memory
+    prober: Prober
+    transactions: Transactions
+    proxy: Proxy
+    servicer: RouterServicer
+
+    def instruments(self) -> list[Instrument]:
+        """What they count."""
+        view = FleetView(self.fleet, clock=asyncio.get_running_loop().time)
+        return [*view.instruments, *self.proxy.meter.instruments, *self.transactions.meter.instruments]
+
+
 @asynccontextmanager
 async def running(settings: RouterSettings) -> AsyncGenerator[Router]:
     """Runs a router until the block ends."""
-    loop = asyncio.get_running_loop()
+    parts = _wire(settings)
+    _join_known(parts.fleet, settings, now=asyncio.get_running_loop().time())
+    parts.prober.start()
+    try:
+        async with (
+            GrpcServer(listen=settings.listen, advertise=settings.advertise) as server,
+            HttpServer(parts.proxy, listen=settings.http_listen, advertise=settings.http_advertise) as http,
+        ):
+            add = router_pb2_grpc.add_RouterServiceServicer_to_server
+            server.add(add, parts.servicer, "milepost.v1.RouterService")
+            await server.start()
+            try:
+                yield Router(
+                    fleet=parts.fleet,
+                    grpc_address=server.address,
+                    http_address=http.address,
+                    instruments=[*server.meter.instruments, *parts.instruments()],
+                )
+            finally:
+                parts.servicer.stop()
+                await parts.transactions.close()
+                await parts.memory.close()
+    finally:
+        await parts.prober.close()
+        if parts.ledger is not None:
+            await parts.ledger.close()
+        parts.pool.close()
+
+
+def _wire(settings: RouterSettings) -> _Parts:
+    """Makes the parts; nothing runs yet."""
     fleet = Fleet(unversioned=not settings.buffer, limits=settings.limits)
     fleet.subscribe(_log)
     changed = Signal()
@@ -84,14 +133,8 @@ async def running(settings: RouterSettings) -> AsyncGenerator[Router]:
         timeout_s=settings.probe_timeout_s,
     )
     transactions = Transactions(fleet, api, ledger=ledger, settings=settings)
-    proxy = Proxy(
-        fleet,
-        pool,
-        changed,
-        settings=settings,
-        control=create_control_app(fleet, clock=loop.time),
-        look_at=prober.look_at,
-    )
+    control = create_control_app(fleet, clock=asyncio.get_running_loop().time)
+    proxy = Proxy(fleet, pool, changed, settings=settings, control=control, look_at=prober.look_at)
     servicer = RouterServicer(
         fleet,
         transactions,
@@ -100,38 +143,16 @@ async def running(settings: RouterSettings) -> AsyncGenerator[Router]:
         memory=memory,
         heartbeat_interval_s=settings.heartbeat_interval_s,
     )
-    _join_known(fleet, settings, now=loop.time())
-    prober.start()
-    try:
-        async with (
-            GrpcServer(listen=settings.listen, advertise=settings.advertise) as server,
-            HttpServer(proxy, listen=settings.http_listen, advertise=settings.http_advertise) as http,
-        ):
-            server.add(
-                router_pb2_grpc.add_RouterServiceServicer_to_server, servicer, "milepost.v1.RouterService"
-            )
-            await server.start()
-            try:
-                yield Router(
-                    fleet=fleet,
-                    grpc_address=server.address,
-                    http_address=http.address,
-                    instruments=[
-                        *server.meter.instruments,
-                        *FleetView(fleet, clock=loop.time).instruments,
-                        *proxy.meter.instruments,
-                        *transactions.meter.instruments,
-                    ],
-                )
-            finally:
-                servicer.stop()
-                await transactions.close()
-                await memory.close()
-    finally:
-        await prober.close()
-        if ledger is not None:
-            await ledger.close()
-        pool.close()
+    return _Parts(
+        fleet=fleet,
+        pool=pool,
+        ledger=ledger,
+        memory=memory,
+        prober=prober,
+        transactions=transactions,
+        proxy=proxy,
+        servicer=servicer,
+    )
 
 
 async def serve(settings: RouterSettings, stop: asyncio.Event) -> int:
