@@ -355,10 +355,14 @@ def engine_pool(model_dir: Path) -> Iterator[Callable[[str], EngineUnderTest]]:
         return running[dialect][1]
 
     yield get
-    for process, _ in running.values():
+    died: list[str] = []
+    for dialect, (process, _) in running.items():
+        if (status := process.process.poll()) is not None:
+            died.append(f"engine {dialect} ended by itself with {status}:\n{process.log.read_text()[-3000:]}")
         process.stop()
         process.process.stdout.close()
         process.log.unlink(missing_ok=True)
+    assert not died, "\n".join(died)
 
 
 @pytest.fixture(scope="session")
