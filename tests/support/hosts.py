@@ -29,7 +29,7 @@ from stack import MILEPOST, until
 
 RUN = "netns"
 HOSTS = ("redis", "buffer", "router", "engine-0", "engine-1", "rollout", "trainer", "feeder")
-READY_S = 60.0
+READY_S = 90.0
 CALL_S = 2.0
 """Deadline of the services' calls to the buffer."""
 REDIS_S = 1.5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -11,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-START_S = 60.0
+START_S = 100.0
 DRIVER = """
 import sys
 from milepost_common import process
@@ -84,10 +86,11 @@ class Launched:
         """Kills it, and what it launched, if that lives on."""
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=30)
         for pid in self.servers:
             if runs(pid):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         if self.process.stdout:
             self.process.stdout.close()
 
@@ -113,8 +116,20 @@ def group_of(pid: int) -> list[int]:
     return found
 
 
+_given: set[int] = set()
+
+
 def free_port() -> str:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port that nobody listens on, and that nobody gets by chance while it is not in use.
+
+    It lies below those that the kernel gives to who asks for port 0, or connects; and no two calls of one
+    process answer the same.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, lowest if lowest > 12_000 else 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return str(port)

@@ -13,7 +13,7 @@ import aiohttp
 from milepost_router.service import Router, running
 from milepost_router.settings import EngineSettings, RouterSettings
 
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 Serve = Callable[["Exchange"], Awaitable[None]]
 
 

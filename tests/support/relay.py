@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 CHUNK_BYTES = 1 << 16
-END_S = 5.0
+END_S = 30.0
 
 
 class Relay:
@@ -37,8 +37,10 @@ class Relay:
         finally:
             server.close()
             self.cut()
+            for task in self._tasks:
+                task.cancel()  # one that still connects has nothing yet that `cut` could reset
             async with asyncio.timeout(END_S):
-                await asyncio.gather(*self._tasks)
+                await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
         """Resets every connection; new ones are forwarded, and answered."""
@@ -47,17 +49,21 @@ class Relay:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ahead, back = await asyncio.open_connection(self._host, self._port)
-        self._open |= {writer, back}
         task = asyncio.current_task()
         assert task
         self._tasks.add(task)
+        ends = {writer}
         try:
+            ahead, back = await asyncio.open_connection(self._host, self._port)
+            ends.add(back)
+            self._open |= ends
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._copy(reader, back, answers=False))
                 both.create_task(self._copy(ahead, writer, answers=True))
         finally:
-            self._open -= {writer, back}
+            self._open -= ends
+            for end in ends:
+                end.transport.abort()
             self._tasks.discard(task)
 
     async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, answers: bool) -> None:
