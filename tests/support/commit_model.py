@@ -1,0 +1,386 @@
+"""The end of a weight transaction as a small machine, searched exhaustively: when may engines go on?
+
+    trainer ──> router ──> engine (weights, name)       a request in flight ──> its tokens' versions ──> seal
+                  └──────> ledger (reserved, published, void; the term)
+
+One engine, one request, two trainers (the second opens its term at any moment), a router that may be killed
+between any two steps, a buffer that may be away for a call, with or without having done what it was asked.
+`Rules` says in which order the router commits, and holds the rules that guard it: taking one away must break
+something, which the tests do one by one.
+
+What is sealed must have been generated, token by token, under versions that the ledger holds as published; an
+engine generates only under whole weights that bear their own name; the label never falls; a version is
+published only once an engine holds it whole; and whatever happened, the run goes on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+RESERVED, PUBLISHED, VOID = "reserved", "published", "void"
+MIXED, MARKED = 0, 0
+"""Weights that are nobody's, and the name that says so."""
+AFTER, RESUME, NAME, COPY = "publish, then resume", "beside resuming", "beside naming", "beside the copy"
+_STEPS = ("open", "marked", "written", "named", "resumed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How a commit goes, and what guards it.
+
+    Attributes:
+      publish: what PublishVersion goes beside.
+      spans: the engine reports which version wrote which token; else the reply is bracketed.
+      bracket_names_the_end: a bracketed reply names the version at its end too, not the oldest alone.
+      refusal_takes_requests: an engine whose version is refused loses its requests, not only new ones.
+      seal_asks_the_ledger: a seal with a version that is not published is refused.
+      newborn_asks_the_ledger: a router that starts admits a reserved version only by publishing it.
+      resume_names_first: an engine goes on only under the name of what it holds.
+      faults: how many of (routers killed, transfers that fail, buffers away) there are at most.
+    """
+
+    publish: str = NAME
+    spans: bool = True
+    bracket_names_the_end: bool = True
+    refusal_takes_requests: bool = True
+    seal_asks_the_ledger: bool = True
+    newborn_asks_the_ledger: bool = True
+    resume_names_first: bool = True
+    faults: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A row of the ledger."""
+
+    label: int
+    term: int
+    state: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A request, in flight or answered: what wrote its tokens, and what the gateway will say did."""
+
+    start: int
+    wrote: frozenset[int] = frozenset()
+    named: frozenset[int] = frozenset()
+    last: int = 0
+    answered: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Everything.
+
+    Attributes:
+      versions: of the ledger; the first has number 1.
+      term, newest: of the ledger.
+      weights, name, paused: of the engine.
+      up, serves: the router runs; the version at which its fleet has the engine, 0: STALE.
+      version, step: of its transaction, 0: none.
+      call: PublishVersion: "", "under way", "done", "refused", "away".
+      repeats: the version whose publication it repeats, for the ledger was away.
+      astray: publications that a killed router left on the wire.
+      request: of the one client; None: it asks anew.
+      faults: that are left.
+    """
+
+    versions: tuple[Version, ...] = (Version(label=0, term=1, state=PUBLISHED),)
+    term: int = 1
+    newest: int = 1
+    weights: int = 1
+    name: int = 1
+    paused: bool = False
+    up: bool = True
+    serves: int = 1
+    version: int = 0
+    step: str = ""
+    call: str = ""
+    repeats: int = 0
+    astray: frozenset[int] = frozenset()
+    request: Request | None = None
+    faults: int = 2
+
+    def row(self, version: int) -> Version:
+        """Of the ledger."""
+        return self.versions[version - 1]
+
+    @property
+    def label(self) -> int:
+        """p."""
+        return self.row(self.newest).label
+
+
+Move = tuple[str, bool, State]
+"""What happens, whether it may be counted on, and what comes of it."""
+
+
+def moves(s: State, rules: Rules) -> Iterator[Move]:
+    """What may happen next."""
+    yield from _trainers(s)
+    yield from _client(s, rules)
+    if s.up:
+        yield from _transaction(s, rules)
+        yield from _background(s, rules)
+    yield from _faults(s, rules)
+    for version in s.astray:
+        rest = s.astray - {version}
+        yield "a stray publication arrives", True, replace(_publish(s, version)[0], astray=rest)
+        yield "a stray publication is lost", True, replace(s, astray=rest)
+
+
+# ---------------------------------------------------------------------------------------------- the ledger
+
+
+def _publish(s: State, version: int) -> tuple[State, bool]:
+    """PublishVersion under the term that reserved it; False: refused."""
+    row = s.row(version)
+    if row.term < s.term:
+        return s, False
+    if row.state == PUBLISHED:
+        return s, True
+    if row.state == VOID or (version > s.newest and row.label < s.label):
+        return s, False
+    if version < s.newest and row.label > s.label:
+        return s, False
+    return replace(_with_state(s, version, PUBLISHED), newest=max(s.newest, version)), True
+
+
+def _with_state(s: State, version: int, state: str) -> State:
+    rows = list(s.versions)
+    rows[version - 1] = replace(rows[version - 1], state=state)
+    return replace(s, versions=tuple(rows))
+
+
+def _trainers(s: State) -> Iterator[Move]:
+    if s.term == 1:
+        opened = replace(s, term=2)
+        for number, row in enumerate(s.versions, 1):
+            if row.state == RESERVED:
+                opened = _with_state(opened, number, VOID)
+        yield "a second trainer opens its term", False, opened
+    if not s.up or s.version or s.repeats:
+        return
+    due = 1 if s.term == 1 else s.label
+    if s.serves and s.row(s.serves).label == due:
+        if s.label < due:
+            yield "the router restates what is served", True, _publish(s, s.serves)[0]
+    elif len(s.versions) < 6:
+        row = Version(label=due, term=s.term, state=RESERVED)
+        number = len(s.versions) + 1
+        yield "prepare", True, replace(s, versions=(*s.versions, row), version=number, step="open")
+
+
+# ---------------------------------------------------------------------------------------------- the router
+
+
+def _transaction(s: State, rules: Rules) -> Iterator[Move]:
+    if not s.version:
+        return
+    begins = {COPY: "marked", NAME: "written", RESUME: "named", AFTER: "named"}[rules.publish]
+    before_resuming = rules.publish == AFTER and s.call not in ("done", "away")
+    if not s.call and _STEPS.index(s.step) >= _STEPS.index(begins):
+        yield "PublishVersion leaves", True, replace(s, call="under way")
+    if s.call == "under way":
+        applied, ok = _publish(s, s.version)
+        yield "the ledger answers", True, replace(applied, call="done" if ok else "refused")
+    if s.step == "open":
+        if s.row(s.version).term < s.term:
+            yield "the newer term ends it", True, replace(s, version=0, step="")
+        else:
+            marked = replace(s, step="marked", paused=True, name=MARKED, weights=MIXED, serves=0)
+            yield "pause, mark, first byte", True, marked
+    elif s.step == "marked":
+        yield "the last byte, verified", True, replace(s, step="written", weights=s.version)
+        if s.faults and s.call != "under way":
+            yield "it is aborted", False, _ended(_interrupted(replace(s, faults=s.faults - 1)))
+    elif s.step == "written":
+        yield "name", True, replace(s, step="named", name=s.version)
+        if not rules.resume_names_first:
+            yield "resume, and name later", True, replace(s, paused=False)
+    elif s.step == "named" and s.call == "refused" and rules.publish == AFTER:
+        yield "take the name back", True, _ended(_interrupted(replace(s, name=MARKED)))
+    elif s.step == "named" and not before_resuming:
+        yield "resume", True, replace(s, step="resumed", paused=False, serves=s.version)
+    elif s.step == "resumed" and s.call in ("done", "away"):
+        yield "committed", True, _ended(replace(s, repeats=s.version if s.call == "away" else 0))
+    elif s.step == "resumed" and s.call == "refused":
+        yield from (("withdraw", True, _ended(after)) for after in _withdrawn(s, rules))
+
+
+def _ended(s: State) -> State:
+    return replace(s, version=0, step="", call="")
+
+
+def _interrupted(s: State) -> State:
+    """An engine in mid-update is let go: its requests end with what they have, and it is STALE."""
+    return replace(s, paused=False, serves=0, request=_answered(s.request))
+
+
+def _withdrawn(s: State, rules: Rules) -> Iterator[State]:
+    """The ledger refused what is served: nobody serves it, and what is generated under it is cut off.
+
+    The client of a stream may keep what it has of it.
+    """
+    if not rules.refusal_takes_requests:
+        yield replace(s, serves=0)
+    else:
+        yield replace(s, serves=0, request=None)
+        yield replace(s, serves=0, request=_answered(s.request))
+
+
+def _background(s: State, rules: Rules) -> Iterator[Move]:
+    if s.repeats:
+        published, ok = _publish(s, s.repeats)
+        refused = _withdrawn(s, rules) if s.serves == s.repeats else [s]
+        for after in [published] if ok else refused:
+            yield "the repeated publication is answered", True, replace(after, repeats=0)
+    if s.version or s.serves:
+        return
+    if s.name == MARKED:
+        if s.paused:
+            yield "a look frees half an update", True, _interrupted(s)
+        return
+    judged, ok = s, True
+    if s.row(s.name).state == RESERVED and rules.newborn_asks_the_ledger:
+        judged, ok = _publish(s, s.name)
+    state = judged.row(s.name).state
+    trusted = state == PUBLISHED or (state == RESERVED and not rules.newborn_asks_the_ledger)
+    if ok and trusted and s.name >= judged.newest:
+        yield "a look admits it", True, replace(judged, serves=s.name, paused=False)
+
+
+def _faults(s: State, rules: Rules) -> Iterator[Move]:
+    if not s.up:
+        yield "a router starts", True, replace(s, up=True)
+    if not s.faults:
+        return
+    left = s.faults - 1
+    if s.up:
+        stray = {s.version} if s.call == "under way" else set[int]()
+        down = _ended(replace(s, up=False, serves=0, faults=left, astray=s.astray | stray, repeats=0))
+        yield "the router is killed", False, replace(down, request=None)
+        if s.request is not None and not s.request.answered and s.request.wrote:
+            yield "the router is killed, a stream kept", False, replace(down, request=_answered(s.request))
+    if s.call == "under way":
+        yield "the buffer is away", False, replace(s, call="away", faults=left)
+        applied, ok = _publish(s, s.version)
+        if ok:
+            yield "the buffer is away, having published", False, replace(applied, call="away", faults=left)
+
+
+# ---------------------------------------------------------------------------------------------- the client
+
+
+def _client(s: State, rules: Rules) -> Iterator[Move]:
+    request = s.request
+    if request is None:
+        if s.up and s.serves:
+            yield "a request comes", True, replace(s, request=Request(start=s.serves))
+    elif not request.answered:
+        if not s.paused:
+            named = {s.name} if rules.spans else {request.start}
+            wrote = replace(
+                request, wrote=request.wrote | {s.weights}, named=request.named | named, last=s.name
+            )
+            yield "a token", True, replace(s, request=wrote)
+        if request.wrote and s.up:
+            yield "it is answered", True, replace(s, request=_answered(request))
+    else:
+        yield from _seal(s, request, rules)
+
+
+def _answered(request: Request | None) -> Request | None:
+    """It ends with what it has; nothing at all is asked for again."""
+    return replace(request, answered=True) if request is not None and request.wrote else None
+
+
+def claims(request: Request, rules: Rules) -> frozenset[int]:
+    """The versions that the group's header names."""
+    if rules.spans or not rules.bracket_names_the_end:
+        return request.named
+    return request.named | {request.last}
+
+
+def _seal(s: State, request: Request, rules: Rules) -> Iterator[Move]:
+    states = {s.row(version).state for version in claims(request, rules)}
+    if states == {PUBLISHED} or not rules.seal_asks_the_ledger:
+        yield "sealed", True, replace(s, request=None)
+    elif VOID in states:
+        yield "refused for ever, rolled again", True, replace(s, request=None)
+    else:
+        yield "waited for in vain, rolled again", True, replace(s, request=None)
+
+
+# ---------------------------------------------------------------------------------------------- the judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a search found: states seen, what broke (with the way there), and whence nothing moves on."""
+
+    states: int
+    broken: dict[str, list[str]]
+    stuck: list[State]
+    seen: frozenset[str]
+
+
+def search(rules: Rules) -> Verdict:
+    """Visits every state that can be reached."""
+    start = State(faults=rules.faults)
+    came: dict[State, tuple[State, str] | None] = {start: None}
+    fair: dict[State, list[State]] = {}
+    broken: dict[str, list[str]] = {}
+    names: set[str] = set()
+    queue = deque([start])
+    while queue:
+        state = queue.popleft()
+        for name, counted_on, after in moves(state, rules):
+            names.add(name)
+            for what in _violations(state, name, after):
+                broken.setdefault(what, [*_way(came, state), name])
+            if counted_on:
+                fair.setdefault(after, []).append(state)
+            if after not in came:
+                came[after] = (state, name)
+                queue.append(after)
+    return Verdict(states=len(came), broken=broken, stuck=_stuck(set(came), fair), seen=frozenset(names))
+
+
+def _violations(s: State, name: str, after: State) -> Iterator[str]:
+    if name == "a token" and s.weights != s.name:
+        yield "a token of weights that do not bear their name"
+    if name == "sealed" and s.request is not None:
+        states = {s.row(version).state for version in s.request.wrote}
+        if states != {PUBLISHED}:
+            yield f"sealed with tokens of a version that is {min(states - {PUBLISHED})}"
+    if after.label < s.label:
+        yield "the label falls"
+    newly = [v for v, (a, b) in enumerate(zip(s.versions, after.versions, strict=False), 1) if a != b]
+    if any(after.row(v).state == PUBLISHED and after.weights != v for v in newly) and not s.astray:
+        yield "published before any engine holds it whole"
+    if name == "a look admits it" and after.row(after.serves).state != PUBLISHED:
+        yield "a starting router serves what is not published"
+
+
+def _way(came: dict[State, tuple[State, str] | None], state: State) -> list[str]:
+    way: list[str] = []
+    while (step := came[state]) is not None:
+        state, name = step
+        way.append(name)
+    return way[::-1]
+
+
+def _stuck(seen: set[State], fair: dict[State, list[State]]) -> list[State]:
+    """States from which moves that may be counted on do not lead to a newest version that is served."""
+    good = {s for s in seen if s.up and s.serves == s.newest and not s.version and s.request is None}
+    queue = deque(good)
+    while queue:
+        for before in fair.get(queue.popleft(), ()):
+            if before not in good:
+                good.add(before)
+                queue.append(before)
+    return [s for s in seen if s not in good]
