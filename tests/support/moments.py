@@ -1,7 +1,7 @@
 """Moments that pass: a generation in its middle, a server that is away, a call that still waits.
 
-Whoever looks may be held up for longer than the moment lasts. Then nothing was seen, and it is tried again; what
-is asserted of a moment that was caught stays as strict as it is.
+Whoever looks may be held up for longer than the moment lasts. Then nothing was seen, and it is tried again;
+what is asserted of a moment that was caught stays as strict as it is.
 """
 
 from __future__ import annotations

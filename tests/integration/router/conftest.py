@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,14 +24,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from launched import free_port
 from milepost import BufferClient, RouterClient, WeightClient, errors
 from milepost import types as t
 from milepost_router.service import running
 from milepost_router.settings import EngineSettings, RouterSettings
 from milepost_trainer.transports.gloo import GlooTransport
 
-START_S = 60.0
-CALL_S = 30.0
+START_S = 100.0
+CALL_S = 60.0
 PROMPT = [3, 4, 5, 6]
 
 
@@ -78,14 +78,14 @@ class Service:
     def kill(self) -> None:
         """kill -9."""
         self.process.kill()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=30)
 
     def stop(self) -> int:
         """SIGTERM; returns the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(timeout=20)
+                self.process.wait(timeout=40)
             except subprocess.TimeoutExpired:
                 self.kill()
                 raise
@@ -251,7 +251,7 @@ def start_router_process(logs: Path, run_id: str, tmp_path: Path) -> Iterator[Ca
 # ---- clients -----------------------------------------------------------------------------------------------
 
 
-async def until(what: str, check: Callable[[], Awaitable[Any]], *, within_s: float = 20.0) -> Any:
+async def until(what: str, check: Callable[[], Awaitable[Any]], *, within_s: float = 60.0) -> Any:
     """Asks until the answer is true, and returns it."""
     answer: Any = None
     try:
@@ -320,7 +320,7 @@ class Helpers:
     http_session = staticmethod(http_session)
     weights = staticmethod(lambda seed: weights(seed))
     split = staticmethod(lambda state, count: split(state, count))
-    free_port = staticmethod(lambda: free_port())
+    free_port = staticmethod(free_port)
     prompt = PROMPT
 
 
@@ -389,12 +389,12 @@ class Publisher:
             "attempt": self.attempt,
             "manifest": tuple(spec_of(n, x) for n, x in state.items()),
             "transport": transport,
-            "timeout_s": 30.0,
+            "timeout_s": 60.0,
         }
         prepared = await self.router.prepare_weights(t.PrepareRequest(**(request | more)))
         if transport is t.Transport.GLOO and prepared.members:
             assert self.gloo is not None
-            await self.gloo.open(prepared, timeout_s=20.0)
+            await self.gloo.open(prepared, timeout_s=30.0)
         return prepared
 
     def header(
@@ -457,7 +457,7 @@ class Publisher:
         assert self.gloo is not None
         flat = torch.frombuffer(bytearray(flat_bytes(part)), dtype=torch.uint8)
         bucket: Any = type("Bucket", (), {"size_bytes": flat.numel(), "index": index})
-        await self.gloo.send(bucket, flat, timeout_s=20.0)
+        await self.gloo.send(bucket, flat, timeout_s=30.0)
 
     async def commit(self, prepared: t.Prepared, num_buckets: int) -> t.Committed:
         """Commits."""
@@ -506,10 +506,3 @@ async def publisher_of(buffer: str, run_id: str, tmp_path: Path) -> AsyncIterato
     yield make
     for publisher in made:
         await publisher.close()
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -30,9 +30,10 @@ from milepost_trainer.settings import PublishSettings
 from milepost_trainer.transports.gloo import GlooTransport
 from stack import until
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 NAMES = ("e0", "e1", "e2")
+VICTIM = "e1"
 TIMEOUT_S = 30.0
 BUCKET_BYTES = 1 << 22
 
@@ -79,7 +80,7 @@ def launch(model: Path, tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     yield start
     for each in started:
         each.end()
-        each.process.wait(timeout=20)
+        each.process.wait(timeout=40)
 
 
 class KillingTransport(GlooTransport):
@@ -99,7 +100,7 @@ class KillingTransport(GlooTransport):
             os.kill(victim, signal.SIGSTOP)  # it takes no more of it than its sockets hold
         sending = asyncio.create_task(super()._broadcast(group, flat))
         if victim:
-            await until("the router has told all members", told, within_s=20)
+            await until("the router has told all members", told, within_s=60)
             assert not sending.done()
             os.kill(victim, signal.SIGKILL)
             self.killed = True
@@ -107,8 +108,8 @@ class KillingTransport(GlooTransport):
 
 
 async def told() -> bool:
-    """The router, which runs in this process, has a call to each engine under way."""
-    return set(NAMES) <= {task.get_name() for task in asyncio.all_tasks()}
+    """The router, which runs in this process, calls all engines at once; the victim's call does not end."""
+    return VICTIM in {task.get_name() for task in asyncio.all_tasks()}
 
 
 class Trainer:
@@ -174,7 +175,7 @@ async def serve_everywhere(helpers: Any, client: RouterClient, publisher: Publis
         good = all(e.state is EngineState.SERVING and e.weight_version == version for e in found.values())
         return found if good and set(found) == set(names) and version else None
 
-    return await helpers.until(f"{names} serve", check, within_s=120)
+    return await helpers.until(f"{names} serve", check, within_s=240)
 
 
 async def test_one_of_three_engines_is_killed_in_mid_broadcast(helpers, launch, trainer, run_id):
@@ -192,7 +193,7 @@ async def test_one_of_three_engines_is_killed_in_mid_broadcast(helpers, launch, 
         await helpers.until("requests run", running)
         trainer.take(1)
         publisher.moved_to(1, due=True)
-        trainer.transport.victim = servers["e1"]
+        trainer.transport.victim = servers[VICTIM]
         begun = time.monotonic()
         assert not await publisher.catch_up()
         assert trainer.transport.killed
@@ -238,7 +239,7 @@ async def ask(url: str, run_id: str) -> str:
     sampling = {"max_new_tokens": 50_000, "temperature": 0, "ignore_eos": True}
     body = {"input_ids": [3, 4], "sampling_params": sampling}
     async with (
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=150)) as session,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=400)) as session,
         session.post(url + "/generate", json=body, headers={"x-milepost-run": run_id}) as reply,
     ):
         said = await reply.json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,6 +14,7 @@ from milepost import RouterClient, errors
 from milepost import types as t
 from milepost.channel import NO_RETRY
 from milepost.types import EngineState, Transport
+from moments import Missed, caught
 
 
 async def server_info(helpers: Any, url: str) -> dict[str, Any]:
@@ -110,27 +112,36 @@ async def test_a_stream_goes_on_through_an_update(
     router = await start_router(engine.url, buffer=buffer)
     publisher = await publisher_of(router)
     await helpers.all_are(publisher.router, EngineState.STALE)
-    first = await publisher.publish(helpers.weights(1), label=0)
+    labels = itertools.count()
+    headers = {"x-milepost-run": run_id, "x-milepost-deadline-ms": "60000"}
     sampling = {"max_new_tokens": 3000, "temperature": 0, "ignore_eos": True}
     body = {"input_ids": helpers.prompt, "sampling_params": sampling, "stream": True}
-    headers = {"x-milepost-run": run_id, "x-milepost-deadline-ms": "60000"}
-    async with (
-        helpers.http_session() as session,
-        session.post(router.http + "/generate", json=body, headers=headers) as reply,
-    ):
-        assert reply.status == 200
-        assert reply.headers["x-milepost-version-start"] == str(first.version)
-        assert "x-milepost-version-end" not in reply.headers
-        lines = reply.content
-        await lines.readline()
-        second = await publisher.publish(helpers.weights(2), label=1)
-        rest = (await lines.read()).decode().strip().split("\n\n")
-    assert rest[-1] == f": x-milepost-version-end: {second.version}"
+
+    async def stream_over_an_update() -> tuple[int, int, list[str]]:
+        first = await publisher.publish(helpers.weights(1), label=next(labels))
+        async with (
+            helpers.http_session() as session,
+            session.post(router.http + "/generate", json=body, headers=headers) as reply,
+        ):
+            assert reply.status == 200
+            assert reply.headers["x-milepost-version-start"] == str(first.version)
+            assert "x-milepost-version-end" not in reply.headers
+            lines = reply.content
+            await lines.readline()
+            second = await publisher.publish(helpers.weights(2), label=next(labels))
+            rest = (await lines.read()).decode().strip().split("\n\n")
+        if rest[-1] == f": x-milepost-version-end: {first.version}":
+            raise Missed
+        return first.version, second.version, rest
+
+    before, version, rest = await caught("an update in mid-stream", stream_over_an_update)
+    assert rest[-1] == f": x-milepost-version-end: {version}"
     assert rest[-2] == "data: [DONE]"
     last = json.loads(rest[-3].removeprefix("data: "))
     assert len(last["output_ids"]) == 3000
-    spans = last["meta_info"]["weight_versions"]
-    assert f"{run_id}/{second.version}/1" in json.dumps(spans)
+    spans = json.dumps(last["meta_info"]["weight_versions"])
+    assert f"{run_id}/{before}/" in spans
+    assert f"{run_id}/{version}/" in spans
 
 
 async def test_a_request_pinned_to_a_version_ends_at_the_update(
@@ -151,7 +162,11 @@ async def test_a_request_pinned_to_a_version_ends_at_the_update(
     answer = await asked
     assert answer.status == 412
     assert answer.body["error"]["code"] == "PINNED_VERSION_GONE"
-    assert await num_live(helpers, engines[0].url) == 0
+
+    async def gone() -> bool:
+        return await num_live(helpers, engines[0].url) == 0
+
+    await helpers.until("the engine has ended it", gone)
 
 
 @pytest.mark.parametrize("transport", [Transport.SHM, Transport.GLOO], ids=lambda x: x.name)
@@ -178,7 +193,7 @@ async def test_a_trainer_that_dies_in_mid_transfer_leaves_nobody_serving_a_mixtu
             await publisher.broadcast(0, part)
         await asyncio.Event().wait()
 
-    stream = publisher.router.update_weights(one_bucket(), timeout_s=20.0)
+    stream = publisher.router.update_weights(one_bucket(), timeout_s=60.0)
     assert all(a.ok for a in (await anext(stream)).acks)
     await helpers.all_are(publisher.router, EngineState.UPDATING)
     await stream.aclose()  # as the kernel does to a killed trainer's connection
@@ -234,7 +249,7 @@ async def test_the_others_go_on_without_an_engine_that_died(
         victim.kill()
         yield publisher.header(prepared, 1, parts[1], Transport.SHM)
 
-    async for ack in publisher.router.update_weights(headers(), timeout_s=20.0):
+    async for ack in publisher.router.update_weights(headers(), timeout_s=60.0):
         acked.put_nowait(ack)
     committed = await publisher.commit(prepared, 2)
     assert committed.serving == (engines[0].engine_id,)
@@ -296,6 +311,7 @@ async def test_two_routers_never_run_transactions_of_one_run_at_once(
     second = await start_router(engines[0].url, buffer=buffer)
     publisher, rival = await publisher_of(first), await publisher_of(second)
     publisher.term = rival.term
+    await helpers.all_are(publisher.router, EngineState.STALE)
     await helpers.all_are(rival.router, EngineState.STALE)
     await publisher.publish(helpers.weights(1), label=0)
     impatient = RouterClient(second.grpc, retry=NO_RETRY)
@@ -361,14 +377,18 @@ async def test_engines_register_themselves_drain_and_leave(helpers, start_engine
         assert found.capabilities is not None
         assert found.capabilities.engine == "milepost 0.5.21"
         assert found.capabilities.context_length > 0
-        asked = asyncio.create_task(helpers.generate(router.http, tokens=2000))
+        await post(helpers, engine.url + "/pause_generation", {"mode": "in_place"})  # none ends by itself
+        asked = asyncio.create_task(helpers.generate(router.http, tokens=20))
 
         async def running() -> bool:
             return (await helpers.states(client))["one"].in_flight == 1
 
         await helpers.until("the request runs", running)
-        left = await client.drain_engine("one", max_wait_s=20.0)
-        assert left == 0
+        assert await client.drain_engine("one", max_wait_s=0.1) == 1
+        draining = asyncio.create_task(client.drain_engine("one", max_wait_s=60.0))
+        assert not asked.done()
+        await post(helpers, engine.url + "/continue_generation")
+        assert await draining == 0
         assert (await asked).status == 200
         assert (await helpers.states(client))["one"].state is EngineState.DRAINING
         assert (await helpers.generate(router.http)).status == 503

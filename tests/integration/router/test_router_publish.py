@@ -229,9 +229,13 @@ async def test_the_fleet_can_be_watched_through_a_publication(
             if seen[-1] is EngineState.SERVING:
                 return
 
+    async def began() -> bool:
+        return bool(seen)
+
     watching = asyncio.create_task(watch())
+    await helpers.until("the watch tells of the engine", began)
     await publisher.publish(helpers.weights(1), label=0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await watching
     assert seen[-2:] == [EngineState.UPDATING, EngineState.SERVING]
 
