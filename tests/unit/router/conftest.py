@@ -1,9 +1,13 @@
-"""A hand-written engine and a hand-written ledger, both driven by what the test tells them."""
+"""A hand-written engine and a hand-written ledger, both driven by what the test tells them.
+
+The router's deadlines are short for calls that hang, and long for those that will be answered (`PatientApi`): a
+machine that stands still for a moment makes no engine fail that the test did not tell to.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -21,7 +25,8 @@ from milepost_router.transactions import Transactions
 from milepost_router.upstream import Pool
 from raw_engine import RawEngine
 
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
+PATIENCE_S = 60.0
 Reaction = Callable[[web.Request, Any], Awaitable[web.StreamResponse | None]]
 
 
@@ -50,6 +55,7 @@ class FakeEngine:
         self.bodies: dict[str, list[Any]] = {}
         self.keys: set[str | None] = set()
         self.reactions: dict[str, Reaction] = {}
+        self._hanging: dict[str, tuple[Reaction, float | None]] = {}
         self.happened = asyncio.Condition()
         self._released = asyncio.Event()
         self._runner: web.AppRunner | None = None
@@ -100,13 +106,24 @@ class FakeEngine:
 
         self.reactions[path] = react
 
-    def hang(self, path: str) -> None:
-        """Never answers."""
+    def hang(self, path: str, *, deadline_s: float | None = None) -> None:
+        """Never answers; None: the deadline of such a call is the router's own."""
 
         async def react(request: web.Request, body: Any) -> None:
             await self._released.wait()
 
         self.reactions[path] = react
+        self._hanging[path] = react, deadline_s
+
+    def deadline_s(self, path: str) -> float | None:
+        """How long the router waits for a call to it; None: as long as it wants to."""
+        reaction, deadline_s = self._hanging.get(path, (None, None))
+        hangs = reaction is not None and reaction is self.reactions.get(path)
+        return deadline_s if hangs else PATIENCE_S
+
+    def api(self, pool: Pool, record: EngineRecord, *, timeout_s: float) -> EngineApi:
+        """The router's client of it; `timeout_s` is for calls that hang."""
+        return PatientApi(self, pool, record, timeout_s=timeout_s)
 
     def hang_up(self, path: str) -> None:
         """Closes the connection instead of answering."""
@@ -150,6 +167,23 @@ class FakeEngine:
         elif path == "/weights_checker":
             return web.json_response({"success": True, "ranks": [{"per_gpu_checksum": self.checksum}]})
         return web.json_response({"success": True, "message": "done"})
+
+
+class PatientApi(EngineApi):
+    """Waits for an answer that will come, however long it takes; a call that hangs has the router's deadline."""
+
+    def __init__(self, fake: FakeEngine, pool: Pool, record: EngineRecord, *, timeout_s: float) -> None:
+        super().__init__(pool, record, timeout_s=timeout_s)
+        self._fake = fake
+
+    async def _ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout_s: float | None
+    ) -> tuple[str, int, bytes]:
+        deadline_s = self._fake.deadline_s(path.removeprefix("/"))
+        if deadline_s is None:
+            return await super()._ask(method, path, body, timeout_s=timeout_s)
+        patient = EngineApi(self._pool, self._record, timeout_s=deadline_s)
+        return await patient._ask(method, path, body, timeout_s=timeout_s and deadline_s)
 
 
 class FakeLedger:
@@ -203,23 +237,27 @@ class FakeLedger:
 class Bench:
     """Transactions over fake engines.
 
+    Args:
+      settings: of the router; their `engine_call_timeout_s` is also what stragglers of a collective get.
+      call_timeout_s: of an admin call that hangs; None: as in the settings.
+
     Attributes:
       fleet, transactions, ledger: what is tested, and the ledger it talks to.
       engines: the fakes by name.
     """
 
-    def __init__(self, settings: RouterSettings) -> None:
+    def __init__(self, settings: RouterSettings, *, call_timeout_s: float | None = None) -> None:
         limits = FleetLimits(quarantine_s=0.0)
         self.fleet = Fleet(limits=limits)
-        self.pool = Pool()
+        self.pool = Pool(connect_timeout_s=PATIENCE_S)
         self.ledger = FakeLedger()
         self.engines: dict[str, FakeEngine] = {}
         ledger: Any = self.ledger
         self.transactions = Transactions(self.fleet, self._api, ledger=ledger, settings=settings)
-        self._settings = settings
+        self._call_timeout_s = call_timeout_s or settings.engine_call_timeout_s
 
     def _api(self, record: EngineRecord) -> EngineApi:
-        return EngineApi(self.pool, record, timeout_s=self._settings.engine_call_timeout_s)
+        return self.engines[record.engine_id].api(self.pool, record, timeout_s=self._call_timeout_s)
 
     def record(self, name: str) -> EngineRecord:
         """What the fleet knows of an engine."""
@@ -253,7 +291,7 @@ def request(**changes: Any) -> t.PrepareRequest:
         "attempt": 1,
         "manifest": TENSORS,
         "transport": t.Transport.SHM,
-        "timeout_s": 20.0,
+        "timeout_s": PATIENCE_S,
     }
     return t.PrepareRequest(**(given | changes))
 
@@ -297,9 +335,9 @@ class Tools:
     """Functions of this file for tests, which cannot import it."""
 
     @staticmethod
-    def bench(**changes: Any) -> Bench:
+    def bench(*, call_timeout_s: float | None = None, **changes: Any) -> Bench:
         """Transactions under other settings."""
-        return Bench(RouterSettings(**changes))
+        return Bench(RouterSettings(**changes), call_timeout_s=call_timeout_s)
 
     request = staticmethod(request)
     bucket = staticmethod(bucket)
@@ -332,10 +370,7 @@ async def fake_engine() -> AsyncIterator[Callable[[str], Awaitable[FakeEngine]]]
 @pytest.fixture
 async def bench(fake_engine: Any) -> AsyncIterator[Bench]:
     """Two engines, STALE, and a ledger."""
-    settings = RouterSettings(
-        engine_call_timeout_s=0.5, bucket_timeout_s=0.5, commit_wait_s=0.3, transaction_timeout_s=20.0
-    )
-    made = Bench(settings)
+    made = Bench(RouterSettings(bucket_timeout_s=0.5, commit_wait_s=0.3), call_timeout_s=0.5)
     for name in ("a", "b"):
         made.join(await fake_engine(name))
     yield made

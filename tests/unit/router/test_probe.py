@@ -11,7 +11,6 @@ from aiohttp import web
 from milepost import types as t
 from milepost.types import EngineState, Transport
 from milepost_router import probe
-from milepost_router.engine_api import EngineApi
 from milepost_router.fleet import Fleet, FleetLimits
 from milepost_router.probe import Prober
 from milepost_router.upstream import Pool
@@ -37,12 +36,12 @@ class Watch:
 
     def __init__(self, fake: Any, judge: Judge | None) -> None:
         self.fleet = Fleet(unversioned=judge is None, limits=FleetLimits(probe_failures=2))
-        self.pool = Pool()
+        self.pool = Pool(connect_timeout_s=30.0)
         ledger: Any = judge
         self.prober = Prober(
             self.fleet,
             self.pool,
-            lambda record: EngineApi(self.pool, record, timeout_s=0.3),
+            lambda record: fake.api(self.pool, record, timeout_s=0.3),
             ledger=ledger,
             interval_s=0.02,
             timeout_s=0.3,
@@ -58,7 +57,7 @@ class Watch:
         self.pool.close()
 
     async def until(self, state: EngineState, says: str = "") -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while self.record.state is not state or says not in self.record.detail:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 
+from loop_clock import skip
 from milepost import errors
 from milepost import types as t
 from milepost.types import Transport
@@ -379,9 +380,13 @@ async def test_after_the_last_bucket_the_commit_has_a_while_to_come(bench, tools
 
 
 async def test_the_deadline_of_a_transaction_ends_it(bench, tools):
-    prepared = await bench.transactions.prepare(tools.request(timeout_s=0.2))
+    prepared = await bench.transactions.prepare(tools.request(timeout_s=3600.0))
     transaction = take_part(bench, prepared)
     await transaction.take(tools.bucket(prepared, 0))
+    skip(3590.0)
+    await tools.until(lambda: bench.ledger.leases >= 2)
+    assert transaction.is_open
+    skip(10.0)
     await tools.until(transaction.ended.is_set)
     assert transaction.why_aborted == "its deadline passed"
     assert bench.states() == {"a": "STALE", "b": "STALE"}
@@ -487,12 +492,12 @@ async def test_an_engine_that_breaks_every_group_does_not_keep_the_others_from_t
 async def test_an_engine_that_is_silent_costs_one_deadline_and_joins_nothing_while_it_is_told(
     tools, fake_engine
 ):
-    bench = tools.bench(engine_call_timeout_s=0.3)
+    bench = tools.bench(call_timeout_s=0.3)
     for name in "ab":
         bench.join(await fake_engine(name))
     silent, record = bench.engines["a"], bench.record("a")
     silent.hang("pause_generation")
-    silent.hang("destroy_weights_update_group")
+    silent.hang("destroy_weights_update_group", deadline_s=3600.0)
     prepared = await bench.transactions.prepare(gloo(tools))
     ack = await take_part(bench, prepared).take(tools.bucket(prepared, 0, transport=Transport.GLOO))
     assert ack.group_broken
@@ -503,6 +508,7 @@ async def test_an_engine_that_is_silent_costs_one_deadline_and_joins_nothing_whi
     bench.fleet.probe_ok(record, "updating/x", generation=record.generation, now=0.0)
     assert record.cleaning == 1
     assert not bench.fleet.eligible(record, record.eligible_at)
+    skip(3600.0)
     await tools.until(lambda: not record.cleaning)
     assert bench.fleet.eligible(record, record.eligible_at)
     assert "continue_generation" not in silent.calls  # one silence is enough

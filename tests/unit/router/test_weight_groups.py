@@ -25,7 +25,7 @@ def collective(tools, **changes):
 @pytest.fixture
 async def launched(tools, fake_engine):
     """Transactions over three engines that our launcher started."""
-    bench = tools.bench(engine_call_timeout_s=0.5, bucket_timeout_s=0.5)
+    bench = tools.bench(call_timeout_s=0.5, bucket_timeout_s=0.5)
     for name in "abc":
         bench.join(await fake_engine(name), engine="sglang 0.5.21", restartable=True, nccl_version="2.28.9")
     yield bench
@@ -219,7 +219,7 @@ async def test_a_member_whose_weights_never_arrive_is_started_again_and_the_othe
 
 
 async def test_an_engine_known_by_its_url_waits_for_somebody_to_start_it(tools, fake_engine):
-    bench = tools.bench(engine_call_timeout_s=0.5, bucket_timeout_s=0.5)
+    bench = tools.bench(call_timeout_s=0.5, bucket_timeout_s=0.5)
     for name in "ab":
         bench.join(await fake_engine(name), engine="sglang 0.5.21")
     bench.engines["a"].hang_up(TAKE)
