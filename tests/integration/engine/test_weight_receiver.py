@@ -6,6 +6,7 @@ pytest: GlooTransport, orders ── process group ──> a child with a model 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import pickle
 import re
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from milepost.errors import Unavailable
 from milepost.types import Prepared
 from milepost_trainer.buckets import Bucket, plan_buckets, read_bucket
 from milepost_trainer.transports.gloo import GlooTransport
@@ -29,13 +31,15 @@ GROUP = "run/1/1/1"
 CALL_S = 60.0
 
 ENGINE = """
-import hashlib, json, sys
+import json, sys, threading
 from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d as c10d
-from milepost_engine import weight_hook
+from milepost_engine import weight_hook, weight_receiver
+
+weight_receiver.GRACE_S = 0.5
 
 class Model(nn.Module):
     def __init__(self):
@@ -46,6 +50,8 @@ class Model(nn.Module):
 
     def load_weights(self, weights):
         self.calls += 1
+        if hangs_in == "loader":
+            threading.Event().wait()
         for name, loaded in weights:
             if name in ("q", "k", "v"):
                 self.qkv.data.narrow(0, "qkv".index(name) * 4, 4).copy_(loaded)
@@ -55,8 +61,10 @@ class Model(nn.Module):
             else:
                 getattr(self, name).data.copy_(loaded)
 
-port, name = int(sys.argv[1]), sys.argv[2]
-timeout = timedelta(seconds=30)
+port, name, hangs_in = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+if hangs_in == "forming":  # as NCCL's first broadcast does while members are missing
+    weight_receiver.dist.broadcast = lambda *_, **__: threading.Event().wait()
+timeout = timedelta(seconds=60)
 store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
 group, _ = c10d._new_process_group_helper(
     2, 1, [], "gloo", c10d.PrefixStore(name, store), group_name=name, timeout=timeout)
@@ -109,6 +117,13 @@ class Pair:
         async with asyncio.timeout(CALL_S):
             return json.loads(await self._engine.stdout.readline())
 
+    async def end(self) -> tuple[int, str]:
+        """The exit status of the engine's process, and its last words."""
+        assert self._engine.stderr is not None
+        async with asyncio.timeout(CALL_S):
+            words = (await self._engine.stderr.read()).decode()
+            return await self._engine.wait(), words
+
     def expected(self) -> dict[str, list[Any]]:
         """What the model holds when it has got all."""
         held = self.held
@@ -119,25 +134,34 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair() -> AsyncIterator[Pair]:
-    """Both ends, in one group."""
+async def pair(*, hangs_in: str = "") -> AsyncIterator[Pair]:
+    """Both ends, in one group; the engine gets stuck where the test says."""
     transport = GlooTransport(master_address="127.0.0.1")
     engine = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", ENGINE, str(transport.master_port), GROUP,
-        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 22,
+        sys.executable, "-c", ENGINE, str(transport.master_port), GROUP, hangs_in,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE if hangs_in else None, limit=1 << 22,
     )  # fmt: skip
     try:
         await transport.open(Prepared(group_name=GROUP, world_size=2), timeout_s=CALL_S)
         yield Pair(transport, engine)
     finally:
         await transport.close(broken=True)
-        engine.kill()
+        if engine.returncode is None:
+            engine.kill()
         await engine.wait()
 
 
-def order(transaction: str, *, depth: int, group: str = GROUP, buckets: tuple[Bucket, ...] = BUCKETS) -> str:
+def order(
+    transaction: str,
+    *,
+    depth: int,
+    group: str = GROUP,
+    buckets: tuple[Bucket, ...] = BUCKETS,
+    timeout_s: float = 20.0,
+) -> str:
     """As SGLang hands it to the hook."""
-    text = pushed(transaction, buckets, group=group, timeout_s=20.0, depth=depth)
+    text = pushed(transaction, buckets, group=group, timeout_s=timeout_s, depth=depth)
     (named,) = pickle.loads(b64decode(encode(text)))
     return named[0]
 
@@ -185,3 +209,36 @@ async def test_a_layout_has_the_same_name_for_the_same_buckets_alone() -> None:
 
     assert name(BUCKETS) == name(BUCKETS)
     assert name(BUCKETS) != name(BUCKETS[:-1])
+
+
+@pytest.mark.parametrize("depth", [2, 0], ids=["first", "known"])
+async def test_a_trainer_that_falls_silent_is_given_up_at_the_deadline_and_the_engine_lives(
+    depth: int,
+) -> None:
+    async with pair() as both:
+        both.train(1)
+        if not depth:
+            await both.tell(order("t1", depth=2))
+            await both.send()
+            assert (await both.report())["ok"]
+        await both.tell(order("t2", depth=depth, timeout_s=0.5))
+        said = await both.report()
+        assert (said["transaction"], said["ok"]) == ("t2", False)
+        assert "not all weights came within 0.5 s" in said["message"]
+        await both.tell(order("t3", depth=2, group="another"))
+        assert "is not known here" in (await both.report())["message"], "it takes the next order"
+
+
+@pytest.mark.parametrize(("hangs_in", "where"), [("loader", "in load_weights"), ("forming", "in _take")])
+async def test_a_process_that_nothing_gets_out_of_a_call_ends_with_nobody_there_to_kill_it(
+    hangs_in: str, where: str
+) -> None:
+    async with pair(hangs_in=hangs_in) as both:
+        both.train(1)
+        await both.tell(order("t1", depth=2, timeout_s=0.5))
+        if hangs_in == "loader":
+            with contextlib.suppress(Unavailable):  # its process ends meanwhile
+                await both.send()
+        status, words = await both.end()
+        assert status == 1
+        assert where in words, "it says where it was"
