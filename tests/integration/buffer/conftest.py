@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from redis.asyncio import Redis
 
+from launched import free_port
 from milepost import types as t
 from milepost.client.buffer import BufferClient
 from milepost.client.weights import WeightClient
 from milepost.convert import make_group
 
-READY_S = 30.0
+READY_S = 60.0
 
 
 @dataclass
@@ -29,7 +31,7 @@ class BufferProcess:
 
     folder: Path
     flags: tuple[str, ...] = ()
-    port: int = 0
+    port: int = field(default_factory=lambda: int(free_port()))
     process: asyncio.subprocess.Process | None = None
     errors: list[str] = field(default_factory=list)
 
@@ -41,6 +43,10 @@ class BufferProcess:
     def socket(self) -> Path:
         return self.folder / "redis.sock"
 
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}-{self.port}.log")
+
     async def start(self) -> None:
         """Starts it and waits for the readiness line."""
         await self.launch()
@@ -48,26 +54,28 @@ class BufferProcess:
         assert self.process.stdout is not None
         line = (await asyncio.wait_for(self.process.stdout.readline(), READY_S)).decode()
         if not line.startswith("milepost buffer ready grpc="):
-            raise RuntimeError(f"{line!r} {(await self.process.communicate())[1].decode()}")
-        self.port = int(line.rpartition(":")[2])
+            raise RuntimeError(f"{line!r} {(await self.finish())[1]}")
+        assert line.rpartition(":")[2].strip() == str(self.port)
 
     async def launch(self) -> None:
         """Starts it without waiting."""
         env = {k: v for k, v in os.environ.items() if not k.startswith("MILEPOST_")}
         env["MILEPOST_BUFFER__METRICS_LISTEN"] = ""
-        self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "milepost_buffer", "serve"),
-            *("--listen", self.address, "--data_dir", str(self.folder), *self.flags),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={**env, "MILEPOST_DIE_WITH_PARENT": "1"},
-        )
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as errors:  # no pipe: one that nobody reads is full some day
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "milepost_buffer", "serve"),
+                *("--listen", self.address, "--data_dir", str(self.folder), *self.flags),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+                env={**env, "MILEPOST_DIE_WITH_PARENT": "1"},
+            )
 
     async def finish(self) -> tuple[int, str]:
         """Waits for its end; returns status and what it said on stderr."""
         assert self.process is not None
-        _, said = await asyncio.wait_for(self.process.communicate(), READY_S)
-        return self.process.returncode or 0, said.decode()
+        await asyncio.wait_for(self.process.communicate(), READY_S)
+        return self.process.returncode or 0, self.log.read_text()
 
     async def kill(self) -> None:
         """kill -9."""
@@ -81,6 +89,15 @@ class BufferProcess:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
         return await self.finish()
+
+    def redis(self) -> list[psutil.Process]:
+        """The embedded Redis; nothing while there is none."""
+        assert self.process is not None
+        found: list[psutil.Process] = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [child] if "redis" in child.name() else []
+        return found
 
     async def redis_pid(self) -> int:
         """Process id of the embedded Redis."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launched import Launched
+from launched import Launched, free_port
 from milepost import BufferClient
 from milepost.channel import NO_RETRY
 from milepost.errors import MilepostError, Unavailable
@@ -22,9 +21,7 @@ CALLERS = 20
 
 @pytest.fixture
 def address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 @pytest.fixture
@@ -51,7 +48,7 @@ async def ask_until_it_fails(ask: Callable[[], Awaitable[Any]]) -> MilepostError
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 async def test_calls_to_a_buffer_that_stops(address: str, started: list[Launched], tmp_path: Path) -> None:
     async with BufferClient(address, retry=NO_RETRY) as client, BufferClient(address) as patient:
 
@@ -68,7 +65,7 @@ async def test_calls_to_a_buffer_that_stops(address: str, started: list[Launched
             callers = [asyncio.create_task(ask_until_it_fails(ask)) for ask in asks]
             await patient.get_run("r")
             buffer.process.terminate()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 errors = await asyncio.gather(*callers)
                 assert await asyncio.to_thread(buffer.process.wait) == 0
             assert {type(error) for error in errors} == {Unavailable}, [str(error) for error in errors]
