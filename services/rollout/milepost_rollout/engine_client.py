@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import aiohttp
@@ -33,6 +33,8 @@ KEEP_IDLE_S = 4.0
 _AWAY = frozenset({429, 502, 503})
 _REFUSED = frozenset({400, 413, 422})
 _DONE = b"[DONE]"
+_VERSION_END = b": x-milepost-version-end:"
+"""The comment by which the router ends a stream."""
 
 
 class EngineAway(Exception):
@@ -157,15 +159,15 @@ def _headers(request: GenerateRequest, timeout_s: float) -> dict[str, str]:
 
 
 def _record(headers: Mapping[str, str]) -> RouterRecord:
-    def number(name: str) -> int:
-        text = headers.get(name, "")
-        return int(text) if text.isdecimal() else 0
-
     return RouterRecord(
-        version_start=number("x-milepost-version-start"),
-        version_end=number("x-milepost-version-end"),
+        version_start=_number(headers.get("x-milepost-version-start", "").encode()),
+        version_end=_number(headers.get("x-milepost-version-end", "").encode()),
         engine_id=headers.get("x-milepost-engine", ""),
     )
+
+
+def _number(text: bytes) -> int:
+    return int(text) if text.strip().isdigit() else 0
 
 
 def _failure(response: aiohttp.ClientResponse, body: bytes) -> Exception:
@@ -213,6 +215,7 @@ async def _last_of_stream(response: aiohttp.ClientResponse, run_id: str, record:
         broken = error
     if not events.last:
         raise EngineFailed(f"engine {record.engine_id}: the stream ended before the first token") from broken
+    record = replace(record, version_end=events.version_end)
     generation = parse_reply(events.last, run_id=run_id, record=record)
     if events.done or generation.finish != "abort" or len(generation.output_ids):
         return generation
@@ -220,13 +223,14 @@ async def _last_of_stream(response: aiohttp.ClientResponse, run_id: str, record:
 
 
 class _Events:
-    """Keeps the last complete event of a stream of server-sent events."""
+    """Keeps the last complete event of a stream of server-sent events, and the router's word on its end."""
 
     def __init__(self) -> None:
         self._rest = b""
         self.last = b""
         self.error = ""
         self.done = False
+        self.version_end = 0
 
     def feed(self, chunk: bytes) -> None:
         """Takes bytes as they come."""
@@ -234,7 +238,9 @@ class _Events:
         *whole, self._rest = self._rest.split(b"\n\n")
         for event in whole:
             event = event.strip()
-            if not event.startswith(b"data:"):  # a comment, such as the router's word on versions
+            if event.startswith(_VERSION_END):
+                self.version_end = _number(event.removeprefix(_VERSION_END))
+            if not event.startswith(b"data:"):  # a comment
                 continue
             data = event.removeprefix(b"data:").strip()
             if data == _DONE:

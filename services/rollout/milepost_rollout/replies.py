@@ -10,6 +10,11 @@ SGLang's shape:
 
 Everything that does not fit is a `RubbishReply` naming the field: tokens are trained on, so nothing is
 guessed.
+
+Without spans a reply is bracketed, by the router's record and by the string that the engine had at its end:
+its tokens count as the oldest version's, but the last one as the newest's, so that a version which the ledger
+never publishes (its trainer was replaced, ADR 20) cannot hide behind an older one. Tokens of which nobody can
+say that are dropped, as if the engine had cut the reply short.
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ import orjson
 from milepost.types import Float32Array, Int32Array, VersionSpan
 
 FINISHES = ("stop", "length", "abort")
+_UPDATING = "updating/"
+"""Begins the string of weights that are being replaced, under which nothing is generated."""
 _FIRST, _SECOND = itemgetter(0), itemgetter(1)
 
 
@@ -72,11 +79,15 @@ def parse_reply(body: bytes, *, run_id: str, record: RouterRecord) -> Generation
         raise RubbishReply(f"the reply is not JSON ({error}): {body[:80]!r}") from None
     meta = _field(_object(reply, "the reply"), "meta_info", dict)
     ids = _output_ids(reply)
-    finish = _finish(meta)
+    finish, logprobs = _finish(meta), _logprobs(meta, ids)
+    spans = _spans(meta, num_tokens=len(ids), run_id=run_id, record=record)
+    if spans is None:
+        ids, logprobs, spans = ids[:0], logprobs[:0], ()
+        finish = {"type": "abort", "message": "nobody says which weights wrote the end of the reply"}
     return Generation(
         output_ids=ids,
-        logprobs=_logprobs(meta, ids),
-        spans=_spans(meta, num_tokens=len(ids), run_id=run_id, record=record),
+        logprobs=logprobs,
+        spans=spans,
         exact="weight_versions" in meta,
         finish=finish["type"],
         matched=finish.get("matched"),
@@ -92,7 +103,8 @@ def read_version(text: Any, *, run_id: str, field: str) -> int:
       RubbishReply: it names another run, or is no version string where a run is expected.
     """
     parts = str(text).rsplit("/", 2)
-    if len(parts) == 3 and parts[1].isdecimal() and parts[2].isdecimal():
+    named = len(parts) == 3 and not str(text).startswith(_UPDATING)
+    if named and parts[1].isdecimal() and parts[2].isdecimal():
         if run_id and parts[0] != run_id:
             raise RubbishReply(f"{field} is {text!r}, of another run than {run_id!r}")
         return int(parts[1])
@@ -162,13 +174,30 @@ def _logprobs(meta: dict[str, Any], ids: Int32Array) -> Float32Array:
 
 def _spans(
     meta: dict[str, Any], *, num_tokens: int, run_id: str, record: RouterRecord
-) -> tuple[VersionSpan, ...]:
+) -> tuple[VersionSpan, ...] | None:
+    """Which version wrote which token; None where nobody can say it."""
     if not num_tokens:
         return ()
     if "weight_versions" in meta:
         return _reported_spans(_field(meta, "weight_versions", list, "meta_info."), num_tokens, run_id)
-    version = record.version_start or _single_version(meta, run_id)
-    return (VersionSpan(start=0, end=num_tokens, weight_version=version),)
+    start = record.version_start or _single_version(meta, run_id)
+    end = max(record.version_end, _version_at_end(meta, run_id))
+    if not run_id or end == start:
+        return (VersionSpan(start=0, end=num_tokens, weight_version=start),)
+    if not end or num_tokens == 1:
+        return None
+    return (
+        VersionSpan(start=0, end=num_tokens - 1, weight_version=start),
+        VersionSpan(start=num_tokens - 1, end=num_tokens, weight_version=end),
+    )
+
+
+def _version_at_end(meta: dict[str, Any], run_id: str) -> int:
+    """The version that the engine had when it ended the reply; 0 where it does not say."""
+    text = meta.get("weight_version")
+    if not isinstance(text, str) or text.startswith(_UPDATING):
+        return 0
+    return read_version(text, run_id=run_id, field="meta_info.weight_version")
 
 
 def _single_version(meta: dict[str, Any], run_id: str) -> int:

@@ -47,7 +47,7 @@ async def test_what_is_sent_and_what_comes_back(engine: Any):
     generation = await generate(engine)
     assert generation.output_ids.tolist() == [5, 6]
     assert generation.engine_id == "e3"
-    assert [(s.weight_version) for s in generation.spans] == [6]
+    assert [(s.weight_version) for s in generation.spans] == [6, 7]
     (body,) = engine.requests
     assert body == {
         "rid": "g-1",
@@ -166,6 +166,7 @@ async def test_a_stream_to_its_end(engine: Any):
     generation = await generate(engine, stream=True)
     assert generation.output_ids.tolist() == [5, 6]
     assert generation.finish == "stop"
+    assert generation.spans[-1].weight_version == 9
 
 
 async def test_a_stream_that_breaks_keeps_its_tokens(engine: Any):

@@ -47,14 +47,67 @@ def test_arrays_spans_and_ending():
     assert (generation.finish, generation.matched) == ("stop", 5)
 
 
-def test_without_spans_the_oldest_version_of_the_routers_record_holds():
-    reply = good()
+def bracketed(**changes: Any) -> dict[str, Any]:
+    """A reply of an engine that reports no spans."""
+    reply = good(**changes)
     del reply["meta_info"]["weight_versions"]
-    record = RouterRecord(version_start=6, version_end=8, engine_id="e0")
-    generation = parse(reply, record=record)
-    assert generation.spans == (VersionSpan(start=0, end=2, weight_version=6),)
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("record", "string"),
+    [
+        (RouterRecord(version_start=6, version_end=8, engine_id="e0"), "r/8/4"),
+        (RouterRecord(version_start=6, engine_id="e0"), "r/8/4"),
+        (RouterRecord(version_start=6, version_end=8, engine_id="e0"), "updating/r/1/9/1"),
+        (RouterRecord(version_start=6, version_end=8, engine_id="e0"), None),
+    ],
+    ids=["both say it", "a stream that broke", "the next update has begun", "an old engine"],
+)
+def test_without_spans_the_oldest_version_holds_and_the_newest_is_named(record: RouterRecord, string: Any):
+    generation = parse(bracketed(meta={"weight_version": string}), record=record)
+    assert generation.output_ids.tolist() == [3, 5]
+    assert generation.spans == (
+        VersionSpan(start=0, end=1, weight_version=6),
+        VersionSpan(start=1, end=2, weight_version=8),
+    )
     assert not generation.exact
     assert generation.engine_id == "e0"
+
+
+def test_without_spans_a_reply_under_one_version_is_all_of_that():
+    record = RouterRecord(version_start=8, version_end=8)
+    assert parse(bracketed(), record=record).spans == (VersionSpan(start=0, end=2, weight_version=8),)
+
+
+@pytest.mark.parametrize(
+    ("reply", "record"),
+    [
+        (bracketed(meta={"weight_version": "updating/r/1/9/1"}), RouterRecord(version_start=6)),
+        (
+            bracketed(output_ids=[3], meta={"output_token_logprobs": [[-0.25, 3, None]]}),
+            RouterRecord(version_start=6, version_end=8),
+        ),
+    ],
+    ids=["an end that nobody names", "one token for two versions"],
+)
+def test_tokens_of_which_nobody_can_say_what_wrote_them_are_dropped(reply: Any, record: RouterRecord):
+    generation = parse(reply, record=record)
+    assert (generation.finish, len(generation.output_ids), len(generation.logprobs)) == ("abort", 0, 0)
+    assert generation.spans == ()
+    assert parse(reply, run_id="", record=record).spans[0].weight_version == 6, "no ledger asks there"
+
+
+def test_without_spans_weights_of_another_run_are_refused():
+    with pytest.raises(RubbishReply, match="of another run than 'r'"):
+        parse(bracketed(meta={"weight_version": "s/8/4"}), record=RouterRecord(version_start=6))
+
+
+def test_the_string_of_weights_that_are_being_replaced_names_no_version():
+    reply = bracketed(meta={"weight_version": "updating/r/1/9/1"})
+    assert parse(reply, run_id="").spans == (VersionSpan(start=0, end=2, weight_version=0),)
+    with pytest.raises(RubbishReply, match="wanted r/<version>/<label>"):
+        parse(reply)
 
 
 def test_without_spans_and_record_the_single_version_holds():
