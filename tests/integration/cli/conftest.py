@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
@@ -13,10 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
+from launched import free_port
 from milepost import BufferClient
 from milepost_common.up.readiness import parse_readiness
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
@@ -37,6 +39,16 @@ def alive(pid: int) -> bool:
         return False
 
 
+def kill_with_children(pid: int) -> list[psutil.Process]:
+    """Ends a process and its whole tree at once; returns its children."""
+    process = psutil.Process(pid)
+    children = process.children(recursive=True)
+    for each in (process, *children):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    return children
+
+
 Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
 
 
@@ -55,11 +67,8 @@ async def start() -> AsyncIterator[Start]:
     yield start_one
     for process in running:
         if process.returncode is None:
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            for child in children:
-                if child.is_running():
-                    child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it ends in this very moment
+                kill_with_children(process.pid)
         await process.communicate()
 
 
@@ -78,7 +87,7 @@ class Buffer:
 
     def __init__(self, start: Start, data_dir: Path) -> None:
         self._start, self.data_dir = start, data_dir
-        self.address, self._process = "127.0.0.1:0", None
+        self.address, self._process = f"127.0.0.1:{free_port()}", None
 
     async def start(self) -> None:
         """Starts it and waits for its readiness line."""
@@ -90,16 +99,12 @@ class Buffer:
             )
         line = await asyncio.wait_for(process.stdout.readline(), DEADLINE_S)
         self._process = process
-        self.address = parse_readiness(line.decode())["grpc"]
+        assert parse_readiness(line.decode())["grpc"] == self.address
 
     async def kill(self) -> None:
         """Ends it and its Redis at once."""
-        children = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.kill()
+        children = kill_with_children(self._process.pid)
         await self._process.communicate()
-        for child in children:
-            if child.is_running():
-                child.kill()
         await until(lambda: not any(alive(c.pid) for c in children), what="Redis ends")
 
     def client(self) -> BufferClient:

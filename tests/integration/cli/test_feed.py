@@ -17,7 +17,7 @@ from milepost.errors import FailedPrecondition, NotFound, ResourceExhausted
 from milepost.feed import Feeder, FeedOptions, FeedProgress
 from milepost.types import PromptState
 
-from .conftest import Buffer, Start, until
+from .conftest import DEADLINE_S, Buffer, Start, until
 
 WIDE = RunConfig(groups_per_step=512, samples_per_prompt=1, max_staleness=0)
 PATIENT = FeedOptions(run_id="r", credit_wait_s=0.2)
@@ -85,7 +85,7 @@ async def test_a_feeder_that_is_stopped_anywhere_goes_on_where_it_stood(buffer: 
                 Feeder(data, buffer=buffer.address, options=FeedOptions(run_id="r", batch=5)).run()
             )
             before = len(await in_ledger(client))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while len(await in_ledger(client)) < before + 6:
                     await asyncio.sleep(0.01)
                     await take(client)
@@ -142,14 +142,14 @@ async def test_it_waits_for_the_run_and_gives_up_in_time(buffer: Buffer, data: P
     feeder = Feeder(
         data,
         buffer=buffer.address,
-        options=FeedOptions(run_id="r", wait_s=30),
+        options=FeedOptions(run_id="r", wait_s=DEADLINE_S),
         on_progress=lambda p: told.append(p.waiting_for),
     )
     task = asyncio.create_task(feeder.run())
     await until(lambda: any("run r, which is not there yet" in t for t in told))
     async with buffer.client() as client:
         await client.create_run("r", config=WIDE)
-    assert (await asyncio.wait_for(task, 30)).accepted == 40
+    assert (await asyncio.wait_for(task, DEADLINE_S)).accepted == 40
     with pytest.raises(NotFound, match="waited 0 s"):
         await Feeder(data, buffer=buffer.address, options=FeedOptions(run_id="other", wait_s=0.2)).run()
 
@@ -297,10 +297,10 @@ async def test_ctrl_c_and_sigterm_end_a_feeder_in_order(
     buffer: Buffer, milepost: Start, data: Path, number: signal.Signals, status: int
 ) -> None:
     feed = await milepost("feed", data, "--run", "none", "--buffer", buffer.address)
-    line = await asyncio.wait_for(feed.stderr.readline(), 30)
+    line = await asyncio.wait_for(feed.stderr.readline(), DEADLINE_S)
     assert b"which is not there yet" in line
     feed.send_signal(number)
-    await asyncio.wait_for(feed.communicate(), 30)
+    await asyncio.wait_for(feed.communicate(), DEADLINE_S)
     assert feed.returncode == status
 
 
@@ -310,9 +310,9 @@ async def test_sigterm_ends_a_feeder_that_a_shell_put_into_the_background(
     """A shell without job control has its background jobs ignore Ctrl-C; SIGTERM is another matter."""
     words = (sys.executable, "-m", "milepost.cli", "feed", data, "--run", "none", "--buffer", buffer.address)
     feed = await start("sh", "-c", 'trap "" INT; exec "$0" "$@"', *words)
-    line = await asyncio.wait_for(feed.stderr.readline(), 30)
+    line = await asyncio.wait_for(feed.stderr.readline(), DEADLINE_S)
     assert b"which is not there yet" in line
     feed.send_signal(signal.SIGINT)
     feed.send_signal(signal.SIGTERM)
-    await asyncio.wait_for(feed.communicate(), 30)
+    await asyncio.wait_for(feed.communicate(), DEADLINE_S)
     assert feed.returncode == 143
