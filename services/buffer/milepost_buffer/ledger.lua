@@ -268,21 +268,19 @@ end
 
 -- ------------------------------------------------------------------------------------------------ admission
 
--- Groups that may start rolling by the staleness rule: the sizes of steps p+1 .. p+1+S less what is leased of them,
--- READY or ROLLING. Steps <= p that are not leased any more (a gap that is rolled out again) count as well.
+-- Groups that may start rolling by the staleness rule: the places of steps up to p+1+S that are not leased, less what is
+-- READY or ROLLING. Steps <= p are among them where they are not leased any more (a gap that is rolled out again). What is
+-- leased past p+1+S (steps behind such a gap) takes no place of theirs: counted, it would keep the gap open for ever.
 local function admissible()
   if num('pub_version') == 0 then return 0 end
   local p, committed = num('pub_label'), num('committed')
   local last = p + 1 + num('max_staleness')
   local room, size = -num('ready') - num('rolling'), num('groups_per_step')
-  local first, stop = committed + 1, math.max(last, num('leased'))
-  for from = first, stop, 1000 do
+  for from = committed + 1, last, 1000 do
     local names = {}
-    for i = from, math.min(stop, from + 999) do names[#names + 1] = key_of(i) end
-    for k, leased in ipairs(call('HMGET', P .. 'sizes', unpack(names))) do
-      local i = from + k - 1
-      if not leased and i <= last then room = room + size end
-      if leased and i > last then room = room - tonumber(leased) end
+    for i = from, math.min(last, from + 999) do names[#names + 1] = key_of(i) end
+    for _, leased in ipairs(call('HMGET', P .. 'sizes', unpack(names))) do
+      if not leased then room = room + size end
     end
   end
   return room

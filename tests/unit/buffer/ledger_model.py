@@ -60,7 +60,7 @@ class Model:
         return [r for r in self.rows.values() if r.state == state]
 
     def room(self) -> int:
-        """The formula of LEDGER as it stands, plus steps at or below p that a gap has opened again."""
+        """The formula of the ledger, plus steps at or below p that a gap has opened again."""
         if not self.newest:
             return 0
         c, p = self.config, self.label
@@ -68,7 +68,7 @@ class Model:
         window = range(p + 1, p + 1 + c.max_staleness + 1)
         allowed = sum(len(self.steps.get(i, ())) or size for i in window)
         allowed += sum(size for i in range(self.committed + 1, p + 1) if i not in self.steps)
-        taken = sum(len(ids) for i, ids in self.steps.items() if i > p)
+        taken = sum(len(self.steps.get(i, ())) for i in window)
         return allowed - taken - len(self.of(ROLLING)) - len(self.of(READY))
 
     def bytes_room(self) -> int:

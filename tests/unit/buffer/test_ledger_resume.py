@@ -179,6 +179,30 @@ async def test_a_gap_below_the_published_label_has_room_of_its_own(make_bench) -
         await bench.audit()
 
 
+async def test_steps_behind_a_gap_take_no_room_from_it(bench) -> None:
+    """Checkpoints and engines are lost: the run starts again at label 0, before a gap and many kept steps."""
+    taken = [await bench.train_step(step) for step in range(1, 8)]
+    await bench.trim(3)  # steps 4 to 7 are kept: more groups than the window of any label holds
+    await bench.open_term(0, on_gap=t.OnGap.REGENERATE)
+    version = await bench.ledger.versions.reserve(bench.run_id, term=bench.term, step=0, attempt=2)
+    await bench.ledger.versions.publish(
+        bench.run_id, term=bench.term, version=version, label=0, allow_older_label=True
+    )
+    assert (await bench.stats()).admissible == 4
+    for step in (1, 2, 3):
+        leases = await bench.lease(2)
+        assert len(leases) == 2, f"nothing may roll for step {step}: the gap stays open for ever"
+        await bench.seal(leases, versions=(version,))
+        await bench.commit(step, await bench.step_ids(step))
+        version = await bench.ledger.versions.reserve(bench.run_id, term=bench.term, step=step, attempt=2)
+        await bench.ledger.versions.publish(
+            bench.run_id, term=bench.term, version=version, label=step, allow_older_label=True
+        )
+    assert [await bench.step_ids(step) for step in (4, 5)] == taken[3:5]
+    assert (await bench.stats()).admissible == 0, "all that label 3 may be taken for is leased"
+    await bench.audit()
+
+
 async def test_a_gap_may_be_dropped(bench) -> None:
     for step in (1, 2, 3):
         await bench.train_step(step)
