@@ -318,11 +318,12 @@ class Feeder:
                 if result.accepted:
                     return result
                 delay = _FIRST_DELAY_S
+                self._tell(waiting_for="waiting for credits")
             except errors.ResourceExhausted as error:
+                self._tell(waiting_for="waiting for credits")  # also of the wait that ends here
                 if time.monotonic() - stalled_since > self._options.stall_s:
                     raise
                 delay = min(max(error.retry_after_s or 0.0, 0.02), 5.0)
-            self._tell(waiting_for="waiting for credits")
             await asyncio.sleep(delay)
 
     async def _single_out(

@@ -154,11 +154,12 @@ async def test_it_waits_for_the_run_and_gives_up_in_time(buffer: Buffer, data: P
         await Feeder(data, buffer=buffer.address, options=FeedOptions(run_id="other", wait_s=0.2)).run()
 
 
-async def test_without_credits_it_waits_and_says_so(buffer: Buffer, data: Path) -> None:
+@pytest.mark.parametrize("stall_s", [0.0, 0.5])
+async def test_without_credits_it_waits_and_says_so(buffer: Buffer, data: Path, stall_s: float) -> None:
     told: list[str] = []
     async with buffer.client() as client:
         await client.create_run("r", config=NARROW)
-        options = FeedOptions(run_id="r", stall_s=0.5, credit_wait_s=0.1)
+        options = FeedOptions(run_id="r", stall_s=stall_s, credit_wait_s=0.1)
         feeder = Feeder(
             data, buffer=buffer.address, options=options, on_progress=lambda p: told.append(p.waiting_for)
         )
