@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from milepost.types import LedgerRow, RunStats
 ROOT = Path(__file__).resolve().parents[2]
 ARITHMETIC = ROOT / "examples" / "arithmetic"
 MILEPOST = str(Path(sys.executable).with_name("milepost"))
+READY_S = 180.0  # of one service: several import torch at once, on a machine that does other work as well
 STOP_S = 60.0
+FED = 130  # exit status of a feeder after Ctrl-C
 
 
 def run(*command: str | Path, timeout_s: float = 120.0) -> str:
@@ -58,6 +60,7 @@ class Stack:
     run_id: str
     run_dir: Path
     process: subprocess.Popen[bytes]
+    feeders: list[Feeder] = field(default_factory=list["Feeder"])
 
     @classmethod
     def launch(cls, run_dir: Path, model: Path, *flags: str, **changes: Any) -> Stack:
@@ -100,7 +103,13 @@ class Stack:
                     return service
             return None
 
-        return await until(f"{name} ready, start {starts}", check, within_s=90)
+        return await until(f"{name} ready, start {starts}", check, within_s=READY_S)
+
+    async def feed(self, prompts: Path) -> Feeder:
+        """Starts a feeder, once the buffer is ready; it dies with the stack."""
+        await self.ready("buffer")
+        self.feeders.append(Feeder(self, prompts))
+        return self.feeders[-1]
 
     async def kill(self, name: str) -> None:
         """kill -9, then waits until the supervisor has brought it back."""
@@ -119,6 +128,25 @@ class Stack:
         """Counts of the run."""
         return (await buffer.get_stats(self.run_id))[0]
 
+    async def goes_on(self, buffer: BufferClient, *, steps: int, after: int | None = None) -> int:
+        """Waits until that many more steps are committed than `after`, or than now; returns the newest."""
+        start = (await self.stats(buffer)).committed_step if after is None else after
+
+        async def committed() -> int:
+            step = (await self.stats(buffer)).committed_step
+            return step if step >= start + steps else 0
+
+        return await until(f"{steps} steps after {start} are committed", committed, within_s=READY_S)
+
+    async def finish(self, buffer: BufferClient, feeder: Feeder) -> None:
+        """Ends the feeder, and waits until every prompt that was taken is accounted for."""
+        await feeder.end(buffer)
+
+        async def finished() -> bool:
+            return (await buffer.get_run(self.run_id)).finished
+
+        await until("the run is finished", finished, within_s=READY_S)
+
     async def order(self, buffer: BufferClient) -> dict[tuple[int, int], str]:
         """(step, position) -> prompt_id of every group in a step."""
         rows: list[LedgerRow] = [r async for r in buffer.get_ledger(self.run_id) if r.step]
@@ -134,6 +162,8 @@ class Stack:
 
     def stop(self) -> int:
         """Ctrl-C; returns the exit status."""
+        for feeder in self.feeders:
+            feeder.kill()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         try:
@@ -142,6 +172,39 @@ class Stack:
             self.process.kill()
             self.process.wait()
             pytest.fail(f"milepost up did not stop within {STOP_S} s\n{self.logs()}")
+
+
+class Feeder:
+    """`milepost feed` of more prompts than a run can train.
+
+    Such a run lasts as long as its test looks at it, however slow the test or fast the run is.
+    """
+
+    def __init__(self, stack: Stack, prompts: Path) -> None:
+        self._run_id = stack.run_id
+        patient = [word for flag in ("--wait-s", "--retry-s", "--stall-s") for word in (flag, "3600")]
+        command = [MILEPOST, "feed", str(prompts), "--run", stack.run_id, "--source", "prompts", *patient]
+        command += ["--buffer", stack.address("buffer"), "--batch", "4"]
+        command += ["--acknowledged", str(stack.run_dir / "acknowledged.jsonl")]
+        environ = os.environ | {"MILEPOST_DIE_WITH_PARENT": "1"}
+        with (stack.run_dir / "logs" / "feeder.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ)
+
+    async def stop(self) -> None:
+        """Ctrl-C; another feeder may go on with the source."""
+        self.process.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(self.process.wait, STOP_S) == FED
+
+    async def end(self, buffer: BufferClient) -> None:
+        """Ctrl-C, and no prompt will follow those that were taken."""
+        await self.stop()
+        await buffer.close_source(self._run_id, source_id="prompts")
+
+    def kill(self) -> None:
+        """Ends it whatever it does."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(STOP_S)
 
 
 def write_config(run_dir: Path, model: Path, **changes: Any) -> Path:
