@@ -35,7 +35,7 @@ from stack import MILEPOST, Stack, until
 VICTIMS = ("trainer", "rollout", "router", "engine-0", "buffer", "redis")
 HELD_ENGINE = "engine-1"
 ROUTER_LEASE_S = 6.0  # milepost_router.ledger.LEASE_TTL_S: a killed router's claim on the run
-FIRST_STEP_S = 120.0
+FIRST_STEP_S = 240.0
 
 REWARD = """
 import time
@@ -181,6 +181,11 @@ class Siege:
         async with RouterClient(address, retry=NO_RETRY, timeout_s=self.deadlines.call_s) as router:
             return {e.engine_id: e.state for e in (await router.list_engines()).engines}
 
+    async def state(self, engine: str) -> EngineState | None:
+        """State of one engine, as soon as the router answers; None: it knows no such engine."""
+        fleet = await until("the fleet", self.fleet, within_s=self.deadlines.ready_s)
+        return fleet.get(engine)
+
     async def counts(self) -> RunStats:
         """Counts of the run, as soon as the buffer answers."""
         async with self.client() as buffer:
@@ -227,9 +232,19 @@ class Siege:
     async def hit(self, victim: str, number: signal.Signals, *, in_transaction: bool) -> int:
         """Sends a signal now, or while a weight transaction is held open."""
         if not in_transaction:
-            return self.send(victim, number)
+            return await self.reach(victim, number)
         async with self.held_transaction():
-            return self.send(victim, number)
+            return await self.reach(victim, number)
+
+    async def reach(self, victim: str, number: signal.Signals) -> int:
+        """As `send`, once there is such a process: a busy machine may have cost it its life a moment ago."""
+
+        async def sent() -> int:
+            with contextlib.suppress(KeyError, ProcessLookupError, psutil.NoSuchProcess):
+                return self.send(victim, number)
+            return 0
+
+        return await until(f"{victim} is there", sent, within_s=self.deadlines.ready_s)
 
     @asynccontextmanager
     async def held_transaction(
@@ -369,7 +384,7 @@ class Siege:
         assert self.bystander
         self.bystander.end()
         self.feeder.terminate()
-        self.feeder.wait(self.deadlines.call_s * 10)
+        self.feeder.wait(self.deadlines.ready_s)
 
         async def finished() -> bool:
             async with self.client() as buffer:
