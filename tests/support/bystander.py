@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 DEADLINE_S = 3.0
-SLACK_S = 10.0  # of a machine that also starts processes
+SLACK_S = 5.0  # of a machine that also starts processes
 GIVE_UP_S = DEADLINE_S + SLACK_S  # without a word from the router
 LATE_S = GIVE_UP_S + SLACK_S  # well apart: a word that comes just before it gives up is no late answer
 PAUSE_S = 0.2
