@@ -22,7 +22,7 @@ from milepost import types as t
 from milepost.convert import make_group
 from milepost.errors import MilepostError, NotFound, ResourceExhausted
 
-READY_S = 90.0
+READY_S = 180.0
 VOCABULARY = 16
 
 
@@ -60,7 +60,7 @@ class Service:
         """An engine's base URL, once it is ready."""
         return (await self.ready()).split()[2]
 
-    async def exit_code(self, *, within_s: float = 60.0) -> int:
+    async def exit_code(self, *, within_s: float = 180.0) -> int:
         """Wait for its end."""
 
         async def ended() -> bool:
@@ -78,7 +78,7 @@ class Service:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(timeout=20)
+                self.process.wait(timeout=40)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(timeout=10)
@@ -88,7 +88,7 @@ async def until(
     what: str,
     check: Callable[[], Awaitable[Any]],
     *,
-    within_s: float = 60.0,
+    within_s: float = 180.0,
     hint: Callable[[], str] = lambda: "",
 ) -> Any:
     """Ask until the answer is true, and return it."""
@@ -122,7 +122,7 @@ class Gateway:
             groups = [self._roll(lease) for lease in leases.leases]
             if groups:
                 for result in await self._buffer.put_groups(self._run_id, groups=groups):
-                    assert result.status is t.SealStatus.SEALED, result
+                    assert result.status in (t.SealStatus.SEALED, t.SealStatus.DUPLICATE), result
 
     def _roll(self, lease: t.PromptLease) -> t.Group:
         samples = [self._sample(index, lease) for index in range(lease.num_samples)]
@@ -220,9 +220,10 @@ tensorboard = false
         return service
 
     def rows(self, file: str) -> list[dict[str, Any]]:
-        """Lines of a JSONL file that the trainer writes."""
+        """Whole lines of a JSONL file that the trainer writes."""
         path = self.metrics / file
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     async def feed(self, client: BufferClient, *, first: int, count: int, close: bool = False) -> None:
         """Put prompts, as credits allow."""
@@ -231,7 +232,7 @@ tensorboard = false
             for i in range(first, first + count)
         ]
         await client.open_source(self.run_id, source_id="test")
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(180):
             while items:
                 try:
                     result = await client.put_prompts(

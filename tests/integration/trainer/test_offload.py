@@ -13,8 +13,10 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
+pytestmark = pytest.mark.timeout(900)  # of the first test of a file: it makes all runs
 SCRIPT = Path(__file__).with_name("rank_script.py")
 STEPS = [1, 2, 3]
+DEADLINE_S = 280  # of the jobs of one launch
 KL = {"objective": {"kl_coef": 0.1}}
 
 Report = dict[str, Any]
@@ -58,7 +60,9 @@ def launch(folder: Path, ranks: int) -> dict[str, Report]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [sys.executable, *torchrun, *command[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: torch.load(folder / f"{ranks}-{name}.pt") for name in jobs}
 

@@ -20,7 +20,7 @@ from transformers import Qwen3Config
 
 SCRIPT = Path(__file__).with_name("rank_script.py")
 TOLERANCE = 1e-5
-DEADLINE_S = 110
+DEADLINE_S = 280
 LIMIT = 50
 STEPS = [1, 2]
 
@@ -155,7 +155,7 @@ def assert_was_halved(report: Report, clean: Report) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", ["forward", "head", "backward"])
 def test_a_pass_that_does_not_fit_on_one_of_two_ranks(two: dict[str, Report], place: str) -> None:
     assert_same(two[f"plain-{place}"], two["plain"])
@@ -163,7 +163,7 @@ def test_a_pass_that_does_not_fit_on_one_of_two_ranks(two: dict[str, Report], pl
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", ["clip", "optimizer"])
 def test_an_optimizer_that_runs_out_on_one_of_two_ranks(two: dict[str, Report], place: str) -> None:
     report = two[f"plain-{place}"]
@@ -173,7 +173,7 @@ def test_an_optimizer_that_runs_out_on_one_of_two_ranks(two: dict[str, Report], 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", ["forward", "backward"])
 @pytest.mark.parametrize("kind", ["full", "late", "whole"])
 def test_with_scores_of_other_policies_and_other_ways_to_shard(
@@ -184,7 +184,7 @@ def test_with_scores_of_other_policies_and_other_ways_to_shard(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_in_a_later_pass_with_modules_that_stayed_whole(two: dict[str, Report]) -> None:
     """What is owed then is counted from the update's first pass: its all-gathers were made, and stay so."""
     assert_same(two["third-forward"], two["third"])
@@ -193,7 +193,7 @@ def test_in_a_later_pass_with_modules_that_stayed_whole(two: dict[str, Report]) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_where_torch_cannot_reset_an_iteration(folder: Path) -> None:
     jobs = {"clean": LATE, "backward": LATE | fault("backward", rank=1), "head": LATE | fault("head", rank=0)}
     found = results(folder, 2, jobs, {"backward": {"older": True}})
@@ -203,7 +203,7 @@ def test_where_torch_cannot_reset_an_iteration(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", ["forward", "backward"])
 def test_in_mixed_precision(two: dict[str, Report], place: str) -> None:
     assert_same(two[f"mixed-{place}"], two["mixed"], tolerance=2e-2)
@@ -211,7 +211,7 @@ def test_in_mixed_precision(two: dict[str, Report], place: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", ["forward", "head", "backward", "all"])
 def test_a_pass_that_does_not_fit_on_one_of_three_ranks_or_on_all(
     others: dict[str, Report], place: str
@@ -221,7 +221,7 @@ def test_a_pass_that_does_not_fit_on_one_of_three_ranks_or_on_all(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_alone_and_in_the_optimizer_of_three(others: dict[str, Report]) -> None:
     assert_same(others["1-head"], others["1-plain"])
     assert_was_halved(others["1-head"], others["1-plain"])
@@ -230,7 +230,7 @@ def test_alone_and_in_the_optimizer_of_three(others: dict[str, Report]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="needs Linux's account of a process's memory"
 )
@@ -248,7 +248,7 @@ def test_a_rank_whose_memory_really_ends(folder: Path, ranks: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_a_sequence_that_does_not_fit_alone_ends_the_tries_and_is_named(folder: Path) -> None:
     done = start(folder, 2, {"long": PLAIN | fault("backward", rank=1, tokens=12)})
     assert done.returncode != 0

@@ -11,7 +11,7 @@ from milepost import types as t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_a_poisonous_step_is_named_and_tried_again(stack: Any, rolling: Any, wait_until: Any) -> None:
     await stack.start()
     async with BufferClient(stack.buffer) as buffer:
@@ -25,7 +25,7 @@ async def test_a_poisonous_step_is_named_and_tried_again(stack: Any, rolling: An
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_a_poisonous_step_is_left_out(stack: Any, rolling: Any, wait_until: Any) -> None:
     await stack.start()
     async with BufferClient(stack.buffer) as buffer:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+pytestmark = pytest.mark.timeout(900)  # of the first test of a file: it makes all runs
 SCRIPT = Path(__file__).with_name("rank_script.py")
 TOLERANCE = 1e-5
 STEPS = [1, 2, 3]
+DEADLINE_S = 280  # of the jobs of one launch
 
 Report = dict[str, Any]
 Jobs = dict[str, dict[str, Any]]
@@ -53,7 +55,9 @@ def launch(folder: Path, ranks: int, jobs: Jobs) -> dict[str, Report]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [sys.executable, *torchrun, *command[1:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: torch.load(folder / f"{name}.pt") for name in jobs}
 

@@ -22,7 +22,7 @@ async def labels_of(stack: Any) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 async def test_every_second_step_is_published_and_the_last_line_accounts_for_all(
     stack: Any, rolling: Any
 ) -> None:
@@ -43,6 +43,7 @@ async def test_every_second_step_is_published_and_the_last_line_accounts_for_all
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_a_run_whose_prompts_were_all_dropped_fails(stack: Any) -> None:
     await stack.start()
     trainer = stack.start_trainer()

@@ -27,7 +27,7 @@ def short_of_memory(*, tokens: int) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_a_run_finishes_on_ranks_that_are_short_of_memory(
     stack: Any, rolling: Any, tmp_path: Path
 ) -> None:
@@ -42,7 +42,7 @@ async def test_a_run_finishes_on_ranks_that_are_short_of_memory(
         await trainer.ready()
         rolling(buffer, stack.run_id)
         await stack.feed(buffer, first=0, count=16, close=True)
-        assert await trainer.exit_code(within_s=120) == 0, trainer.tail()
+        assert await trainer.exit_code() == 0, trainer.tail()
         audit = await buffer.audit_ledger(stack.run_id, witnesses=[witness(stack)])
     assert (audit.trained, audit.problems) == (16, ())
     steps, metrics = stack.rows("steps.jsonl"), stack.rows("metrics.jsonl")
@@ -103,7 +103,7 @@ def witness(stack: Any) -> Witness:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_a_sequence_that_never_fits_ends_the_trainer_with_its_name(stack: Any, rolling: Any) -> None:
     await stack.start()
     stack.start_engine("engine")
@@ -112,7 +112,7 @@ async def test_a_sequence_that_never_fits_ends_the_trainer_with_its_name(stack: 
         await trainer.ready()
         rolling(buffer, stack.run_id)
         await stack.feed(buffer, first=0, count=4)
-        assert await trainer.exit_code(within_s=120) == 1, trainer.tail()
+        assert await trainer.exit_code() == 1, trainer.tail()
         assert (await buffer.get_run(stack.run_id)).committed_step == 0
     said = trainer.log.read_text()
     assert "rank 1 has no memory for one sequence alone: " in said

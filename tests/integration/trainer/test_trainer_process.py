@@ -38,7 +38,7 @@ def witness(stack: Any) -> Witness:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 async def test_killed_stopped_and_finished(stack: Any, wait_until: Any, rolling: Any) -> None:
     await stack.start()
     engines = [stack.start_engine("early")]
@@ -52,14 +52,18 @@ async def test_killed_stopped_and_finished(stack: Any, wait_until: Any, rolling:
         async def reached(step: int) -> bool:
             return await stack.committed(buffer) >= step
 
+        async def published() -> bool:
+            return (await buffer.get_run(stack.run_id)).weight_label == 5
+
         # kill -9 two steps after a checkpoint: the same groups in the same order come again, in silence.
         await stack.feed(buffer, first=12, count=10)
         await wait_until("step 5", lambda: reached(5), hint=trainer.tail)
         async with TrainerClient(address) as client:
-            status = await client.get_trainer_status()
-            assert (status.run_id, status.world_size, status.step) == ("run", 1, 5)
             watched = [step.step async for step in _first(client.watch_steps(), 5)]
             assert watched == [1, 2, 3, 4, 5]
+            status = await client.get_trainer_status()
+            assert (status.run_id, status.world_size, status.step) == ("run", 1, 5)
+            await wait_until("step 5 is published", published, hint=trainer.tail)
         trainer.process.kill()
         await trainer.exit_code()
         assert (await buffer.get_run(stack.run_id)).weight_label == 5
@@ -94,7 +98,7 @@ async def test_killed_stopped_and_finished(stack: Any, wait_until: Any, rolling:
         # Paused, it trains nothing, but saves when asked.
         async with TrainerClient(address) as client:
             at = await client.pause_training()
-            saved = await client.save_checkpoint(max_wait_s=30)
+            saved = await client.save_checkpoint(max_wait_s=60)
             assert saved.step == at
             assert Path(saved.path).name.startswith(f"step_{at:08d}.term_")
             await stack.feed(buffer, first=36, count=4)
@@ -104,8 +108,7 @@ async def test_killed_stopped_and_finished(stack: Any, wait_until: Any, rolling:
                 return stats.ready + stats.assigned >= 4
 
             await wait_until("a whole step is there", ready, hint=trainer.tail)
-            status = await client.get_trainer_status()
-            assert (status.phase, status.step) == ("paused", at)
+            await wait_until("it is paused there", lambda: paused(client, at), hint=trainer.tail)
             await client.resume_training()
             await wait_until("one more step", lambda: reached(at + 1), hint=trainer.tail)
 
@@ -132,6 +135,11 @@ async def test_killed_stopped_and_finished(stack: Any, wait_until: Any, rolling:
         assert (stack.metrics / "transcripts" / "step_00000004.jsonl").read_text().count("\n") == 8
 
 
+async def paused(client: TrainerClient, at: int) -> bool:
+    status = await client.get_trainer_status()
+    return (status.phase, status.step) == ("paused", at)
+
+
 async def _first(stream: Any, count: int) -> Any:
     seen = 0
     async for item in stream:
@@ -142,7 +150,7 @@ async def _first(stream: Any, count: int) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 async def test_two_ranks(stack: Any, wait_until: Any, rolling: Any) -> None:
     await stack.start()
     engine = stack.start_engine("engine")
