@@ -146,7 +146,13 @@ class Front:
 @asynccontextmanager
 async def front(*engines: RawEngine, **settings: Any) -> AsyncIterator[Front]:
     """A router over engines, once all serve."""
-    quick: dict[str, Any] = {"probe_interval_s": 0.05, "listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0"}
+    quick: dict[str, Any] = {
+        "probe_interval_s": 0.05,
+        "probe_timeout_s": 30.0,
+        "connect_timeout_s": 30.0,
+        "listen": "127.0.0.1:0",
+        "http_listen": "127.0.0.1:0",
+    }
     known = tuple(EngineSettings(id=e.name, url=e.url) for e in engines)
     async with AsyncExitStack() as stack:
         router = await stack.enter_async_context(

@@ -17,7 +17,7 @@ from milepost_router.service import running
 from milepost_router.settings import EngineSettings, RouterSettings
 from spans import recording
 
-DEADLINE_S = 10.0
+DEADLINE_S = 60.0
 THEIRS = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 AGAINST = THEIRS[:-1] + "0"
 
@@ -27,7 +27,13 @@ async def router_of(*engines: Any) -> AsyncIterator[aiohttp.ClientSession]:
     """A client of a router over fake engines, once all serve."""
     known = tuple(EngineSettings(id=e.name, url=e.url) for e in engines)
     settings = RouterSettings(
-        listen="127.0.0.1:0", http_listen="127.0.0.1:0", buffer="", engines=known, probe_interval_s=0.05
+        listen="127.0.0.1:0",
+        http_listen="127.0.0.1:0",
+        buffer="",
+        engines=known,
+        probe_interval_s=0.05,
+        probe_timeout_s=30.0,
+        connect_timeout_s=30.0,
     )
     async with running(settings) as router, asyncio.timeout(DEADLINE_S):
         while any(e.state.name != "SERVING" for e in router.fleet):  # noqa: ASYNC110 (it has no event)
