@@ -175,6 +175,16 @@ class Siege:
                 return child.pid
         raise KeyError(victim)
 
+    async def pids(self, victims: Collection[str]) -> dict[str, int]:
+        """Process ids, once there are such processes: a busy machine may have cost one its life just now."""
+
+        async def found() -> dict[str, int] | None:
+            with contextlib.suppress(KeyError, psutil.NoSuchProcess):
+                return {victim: self.pid(victim) for victim in victims}
+            return None
+
+        return await until(f"{victims} are there", found, within_s=self.deadlines.ready_s)
+
     async def fleet(self) -> dict[str, EngineState]:
         """State of every engine, from the router; asked once."""
         address = self.stack.address("router")
@@ -232,19 +242,14 @@ class Siege:
     async def hit(self, victim: str, number: signal.Signals, *, in_transaction: bool) -> int:
         """Sends a signal now, or while a weight transaction is held open."""
         if not in_transaction:
-            return await self.reach(victim, number)
+            return await self._send_once_there(victim, number)
         async with self.held_transaction():
-            return await self.reach(victim, number)
+            return await self._send_once_there(victim, number)
 
-    async def reach(self, victim: str, number: signal.Signals) -> int:
-        """As `send`, once there is such a process: a busy machine may have cost it its life a moment ago."""
-
-        async def sent() -> int:
-            with contextlib.suppress(KeyError, ProcessLookupError, psutil.NoSuchProcess):
-                return self.send(victim, number)
-            return 0
-
-        return await until(f"{victim} is there", sent, within_s=self.deadlines.ready_s)
+    async def _send_once_there(self, victim: str, number: signal.Signals) -> int:
+        pid = (await self.pids([victim]))[victim]
+        os.kill(pid, number)
+        return pid
 
     @asynccontextmanager
     async def held_transaction(

@@ -11,7 +11,7 @@ import pytest
 from chaos import Siege
 from stack import ARITHMETIC, run
 
-NUM_PROMPTS = 6_000  # more than any of these runs can train
+NUM_PROMPTS = 40_000  # more than any of these runs can train
 
 
 @pytest.fixture(scope="session")

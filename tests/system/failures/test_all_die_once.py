@@ -15,7 +15,7 @@ from chaos import HELD_ENGINE, VICTIMS, Siege
 from judges import judge_audit, judge_deadlines, judge_weights
 from stack import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 TRANSPORT = "shm"
 ALL = (*VICTIMS, HELD_ENGINE)
 
@@ -23,8 +23,8 @@ ALL = (*VICTIMS, HELD_ENGINE)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "suspended"])
 async def test_all_die_and_the_run_goes_on(siege: Siege, number: signal.Signals) -> None:
     siege.require_whole()
-    pids = {victim: siege.pid(victim) for victim in ALL}
     async with siege.held_transaction(awake_after=number is signal.SIGKILL):
+        pids = await siege.pids(ALL)
         for pid in pids.values():
             os.kill(pid, number)
     within_s = 2 * max(siege.deadlines.recovery_s(victim, number) for victim in ALL)

@@ -20,7 +20,7 @@ from milepost.errors import DeadlineExceeded
 from milepost.types import EngineState
 from stack import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 KILL, STOP, CONT = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
 TRANSPORT = "gloo"
 MOMENTS = {"mid_run": False, "mid_transaction": True}
@@ -45,7 +45,8 @@ async def test_a_trainer_that_was_replaced_commits_nothing_when_it_wakes(siege: 
     within_s = siege.deadlines.recovery_s("trainer", STOP)
     with siege.unsupervised():
         late = siege.send("trainer", STOP)
-        committed = (await siege.counts()).committed_step
+        # More than once: what it had sent before it stopped is through by then.
+        committed = max([(await siege.counts()).committed_step for _ in range(3)])
         siege.double("trainer")
         await siege.goes_on("another trainer has taken over", within_s=within_s)
         before = siege.trained()
@@ -112,7 +113,7 @@ async def test_an_engine_that_slept_through_an_update_serves_nothing_until_it_ha
     with siege.unsupervised():
         async with siege.held_transaction("engine-0"):
             await siege.goes_on("engine-0 sleeps", within_s=within_s, without=("engine-0",))
-            assert (await siege.fleet())["engine-0"] is not EngineState.SERVING
+            assert await siege.state("engine-0") is not EngineState.SERVING
         await siege.goes_on("engine-0 woke", within_s=within_s)
 
 
