@@ -33,11 +33,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from moments import Missed, caught
 from tiny_tokenizer import CHARACTERS, make_tokenizer
 
-CONTEXT = 2048
-START_DEADLINE_S = 60.0
-CALL_DEADLINE_S = 30.0
+CONTEXT = 32768
+START_DEADLINE_S = 100.0
+CALL_DEADLINE_S = 60.0
 WARM_UP_S = 150.0
 
 
@@ -140,6 +141,11 @@ class EngineUnderTest:
         return _release(self.version) >= (0, 5, 21)
 
     @property
+    def long(self) -> dict[str, Any]:
+        """Sampling of a request that does not end by itself while a test looks elsewhere."""
+        return {"max_new_tokens": 30_000 if self.ours else 1500, "temperature": 0.0, "ignore_eos": True}
+
+    @property
     def has_spans(self) -> bool:
         """Finished replies carry spans of weight versions."""
         return _release(self.version) >= (0, 5, 19)
@@ -226,6 +232,11 @@ class EngineClient:
             states = (await self.get("/v1/loads?include=core"))["loads"]
         return sum(state["num_running_reqs"] + state["num_waiting_reqs"] for state in states)
 
+    async def tokens_generated(self) -> int:
+        """Tokens of all requests since its start; our engine alone tells them at any time."""
+        (state,) = (await self.get("/server_info"))["internal_states"]
+        return int(state["tokens_generated"])
+
     async def at_rest(self) -> None:
         """Waits until nothing runs any more, and forgets cached prefixes."""
 
@@ -258,6 +269,28 @@ class EngineClient:
         stream = Stream(self.events("/generate", body))
         await stream.tokens(after)
         return stream
+
+    async def held_stream(self, prompt: list[int], *, mode: str, after: int, **sampling: Any) -> Stream:
+        """A streamed generation that a pause holds in its middle."""
+
+        async def hold() -> Stream:
+            stream = await self.start_stream(prompt, after=after, **sampling)
+            await self.hold(stream, mode=mode)
+            return stream
+
+        return await caught("a generation in its middle", hold)
+
+    async def hold(self, stream: Stream, *, mode: str) -> None:
+        """Pauses the engine while the stream, its one request, goes on.
+
+        Raises:
+          Missed: it had ended already; the engine is not paused.
+        """
+        await self.post("/pause_generation", {"mode": mode})
+        if self.engine.ours and not await self.num_live():
+            await self.post("/continue_generation")
+            await stream.finished()
+            raise Missed
 
 
 class Stream:
@@ -313,10 +346,10 @@ class EngineProcess:
         """Ends it; returns its exit status."""
         self.process.send_signal(number)
         try:
-            return self.process.wait(timeout=15)
+            return self.process.wait(timeout=40)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(timeout=5)
+            self.process.wait(timeout=30)
             raise
 
 
@@ -338,7 +371,7 @@ def start_engine(model: Path, *flags: str) -> EngineProcess:
     match = re.match(r"engine ready (http://\S+) model=\S+ dialect=\S+$", line.strip())
     if match is None:
         process.kill()
-        process.wait(timeout=5)
+        process.wait(timeout=30)
         pytest.fail(f"the engine did not start: {line!r}\n{Path(name).read_text()[-3000:]}")
     return EngineProcess(process, match[1], Path(name))
 
@@ -378,7 +411,7 @@ def launch(model_dir: Path) -> Iterator[Callable[..., EngineProcess]]:
     for each in started:
         if each.process.poll() is None:
             each.process.kill()
-            each.process.wait(timeout=5)
+            each.process.wait(timeout=30)
         each.process.stdout.close()
         each.log.unlink(missing_ok=True)
 
