@@ -18,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from milepost import RolloutClient, TrainerClient
-from stack import ARITHMETIC, ROOT, Stack, run, until
+from stack import ARITHMETIC, READY_S, ROOT, Stack, run, until
 
 DASHBOARD = ROOT / "deploy" / "compose" / "observability" / "dashboards" / "milepost.json"
 OURS = re.compile(r"\b(?:milepost_|train_|rollout_|perf_|sglang:|process_)[a-zA-Z0-9_:]+")
@@ -46,7 +46,7 @@ def names_in(text: str) -> set[str]:
 
 def page(address: str) -> Page:
     """(name, label values in the order of their names ...) -> value."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=20) as reply:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as reply:
         text = reply.read().decode()
     return {
         (s.name, *(v for _, v in sorted(s.labels.items()))): s.value
@@ -94,7 +94,7 @@ def agree(said: dict[str, Page], stats: Any, last: dict[str, Any], run_id: str) 
     committed = router["milepost_transactions_total", "committed"]
     assert committed == trainer["milepost_publications_total", "published"]
     assert router["milepost_transaction_bytes_total",] == trainer["milepost_published_bytes_total",] > 0
-    for phase in ("prepare", "transfer", "verify", "commit"):
+    for phase in ("prepare", "pause", "transfer", "verify", "commit", "publish"):
         assert router["milepost_transaction_seconds_count", phase] >= committed
 
     sealed = rollout["milepost_groups_settled_total", "sealed"]
@@ -112,7 +112,7 @@ def agree(said: dict[str, Page], stats: Any, last: dict[str, Any], run_id: str) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_metrics_of_a_whole_stack(
     start_stack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +134,7 @@ async def test_metrics_of_a_whole_stack(
             step = (await stack.stats(buffer)).committed_step
             return step >= 6 and evaluated.exists() and evaluated.stat().st_size > 0
 
-        await until("six steps and an evaluation", trained, within_s=200)
+        await until("six steps and an evaluation", trained, within_s=READY_S)
         async with (
             RolloutClient(stack.address("rollout")) as rollout,
             TrainerClient(stack.address("trainer")) as trainer,
@@ -148,7 +148,7 @@ async def test_metrics_of_a_whole_stack(
                 published = (await stack.stats(buffer)).weight_label == at.step
                 return quiet and at.phase == "paused" and published
 
-            await until("everybody has stopped", still, within_s=60)
+            await until("everybody has stopped", still, within_s=READY_S)
             disagreed = ""
 
             async def all_agree() -> dict[str, Page] | None:
@@ -164,7 +164,7 @@ async def test_metrics_of_a_whole_stack(
                 return said
 
             try:
-                said = await until("the numbers agree", all_agree, within_s=60)
+                said = await until("the numbers agree", all_agree, within_s=READY_S)
             except pytest.fail.Exception:
                 pytest.fail(f"the numbers do not agree: {disagreed}")
 

@@ -72,11 +72,17 @@ class FleetLimits:
 
 @dataclass(frozen=True)
 class Transition:
-    """An engine went from one state to another."""
+    """An engine went from one state to another.
+
+    Attributes:
+      engine, before, after: which one, and its states.
+      withdrawn: the ledger refused what it served: what was generated under that is worth nothing.
+    """
 
     engine: EngineRecord
     before: EngineState
     after: EngineState
+    withdrawn: bool = False
 
 
 class Fleet:
@@ -417,7 +423,8 @@ class Fleet:
         """The ledger refused a version that is served already: nobody serves it any more."""
         for record in self.of_run(run_id):
             if record.state is S.SERVING and record.version == version:
-                self._make_stale(record, f"version {version} was refused by the ledger: {why}")
+                why_stale = f"version {version} was refused by the ledger: {why}"
+                self._make_stale(record, why_stale, withdrawn=True)
 
     # ------------------------------------------------------------------------------------ within
 
@@ -430,14 +437,14 @@ class Fleet:
         else:
             self._move(record, state, why)
 
-    def _make_stale(self, record: EngineRecord, why: str) -> None:
+    def _make_stale(self, record: EngineRecord, why: str, *, withdrawn: bool = False) -> None:
         text = record.version_string
         self._forget_weights(record)
         record.version_string = text
         if record.state is S.STALE:
             self.explain(record, why)
         else:
-            self._move(record, S.STALE, why)
+            self._move(record, S.STALE, why, withdrawn=withdrawn)
 
     def _forget_weights(self, record: EngineRecord) -> None:
         record.version = record.label = 0
@@ -450,15 +457,15 @@ class Fleet:
             record.paused_total += max(0.0, now - record.paused_since)
             record.paused_since = None
 
-    def _move(self, record: EngineRecord, state: EngineState, why: str) -> None:
+    def _move(self, record: EngineRecord, state: EngineState, why: str, *, withdrawn: bool = False) -> None:
         before = record.state
         if state not in _ARROWS[before]:
             raise AssertionError(f"engine {record.engine_id}: no arrow from {before.name} to {state.name}")
         record.state, record.detail = state, why
-        self._note(record, before)
+        self._note(record, before, withdrawn=withdrawn)
 
-    def _note(self, record: EngineRecord, before: EngineState) -> None:
-        self._changed(Transition(record, before, record.state))
+    def _note(self, record: EngineRecord, before: EngineState, *, withdrawn: bool = False) -> None:
+        self._changed(Transition(record, before, record.state, withdrawn))
 
     def _changed(self, transition: Transition | None) -> None:
         self.revision += 1

@@ -1,6 +1,6 @@
 """One engine's part in a weight transaction: the calls, in order, and the way back from each point.
 
-    reserved ── fit, open ──> paused, marked ── take ... ──> touched ── verify, name, finish ──> done
+    reserved ── fit, open ──> paused, marked ── take ... ──> touched ── verify, name, resume ── serve ──> done
        │                          │                             │
        └ release                  └ restore: as it was before   └ break_off: STALE, its requests end
 
@@ -8,7 +8,7 @@ From the moment that it is told to enter a collective until it has proven that i
 hang there, and no call gets SGLang out of it again. Where the transaction fails meanwhile, it is `stuck`:
 QUARANTINED until it has been started again, which its launcher does by the router's order.
 
-A call that fails raises EngineFault; the transaction decides what that means for the others. Only `finish`,
+A call that fails raises EngineFault; the transaction decides what that means for the others. Only `serve`,
 `put_back` and `fail` change the fleet, and each of them settles the engine.
 """
 
@@ -286,12 +286,15 @@ class Member:
         """Takes the name back: the ledger refused it."""
         await self._api.set_version(version_string.updating(self._transaction_id))
 
-    async def finish(self) -> None:
-        """Goes on."""
+    async def resume(self) -> None:
+        """Goes on generating."""
         self._require_present()
         if self._paused:
             await self._api.resume()
         self._require_present()
+
+    def serve(self) -> None:
+        """Requests may come: it is out of the transaction."""
         self._fleet.finish_update(self.record, now=_now())
 
     # ------------------------------------------------------------------------------------ back

@@ -122,11 +122,12 @@ TRANSACTIONS = Spec(
 TRANSACTION_SECONDS = Spec(
     "milepost_transaction_seconds",
     Kind.HISTOGRAM,
-    "time of a transaction's phases: prepare (to the first bucket), transfer (to the commit), verify, commit",
+    "time of a transaction's phases: prepare (to the first bucket), pause (engines are marked), transfer (to "
+    "the commit), verify, commit (until engines serve), publish (what the ledger takes longer than they)",
     labels=("phase",),
     unit="s",
     when_bad="prepare: engines join the group slowly; transfer: the transport, or the trainer's gathering; "
-    "verify: checksums (verify_checksum); commit: an engine's admin calls, or the ledger",
+    "verify: checksums (verify_checksum); pause, commit: an engine's admin calls; publish: the ledger's disk",
 )
 TRANSACTION_BYTES = Spec(
     "milepost_transaction_bytes",
@@ -142,7 +143,7 @@ SPECS = (
 
 OK, CLIENT_LEFT, REFUSED, ENGINE_ERROR = "ok", "client_left", "refused", "engine_error"
 STATES = tuple(s for s in EngineState if s is not EngineState.UNSPECIFIED)
-PHASES = ("prepare", "transfer", "verify", "commit")
+PHASES = ("prepare", "pause", "transfer", "verify", "commit", "publish")
 KINDS_OF_FAILURE = ("refused", "died", "rubbish", "gaveup", "servererror")
 """Errors of `milepost_router.upstream` and of the proxy, in lower case."""
 

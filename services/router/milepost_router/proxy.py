@@ -407,7 +407,7 @@ class Proxy:
         """Takes requests from engines that were given up or that get other weights."""
         if transition is not None:
             record, after = transition.engine, transition.after
-            if after in (EngineState.DEAD, EngineState.QUARANTINED):
+            if after in (EngineState.DEAD, EngineState.QUARANTINED) or transition.withdrawn:
                 self.take_from(record, f"engine {record.engine_id} was given up: {record.detail}")
             elif after is EngineState.UPDATING:
                 self._take_pinned(record)

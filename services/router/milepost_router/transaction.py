@@ -15,9 +15,11 @@ gone are QUARANTINED, the others leave it or are started again (see `member`), a
 attempt with those that are left (see `grouping`). A group that gave everybody the weights is kept for the
 next transaction (see `groups`).
 
-Order at the commit: sessions closed, weights read back (a synchronising call), checksums equal between
-engines of one layout, version strings set, version published in the ledger, engines resumed, fleet told.
-While the ledger is away only the publication waits.
+Order at the commit (ADR 20): sessions closed, weights read back (a synchronising call), checksums equal
+between engines of one layout; then, beside one another, the version is published in the ledger, and each
+engine is given its version string, resumed and served from. The commit is over when both are. While the
+ledger is away only the publication waits; where it refuses, whoever serves the version already is withdrawn,
+requests and all.
 
 State belongs to the transaction and is changed under its lock; members settle their engines in the fleet.
 """
@@ -28,80 +30,22 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any
 
 from milepost import types as t
 from milepost.errors import DataLoss, FailedPrecondition, InvalidArgument, MilepostError, StaleEpoch
 from milepost.types import Transport
 from milepost_router.engine_api import EngineFault, EngineRefused
-from milepost_router.groups import COLLECTIVE, Group
 from milepost_router.member import Member, handles_of, odd_ones
 from milepost_router.metrics import TransactionClock
+from milepost_router.plan import Phase, Plan
 from milepost_router.together import Call, call_all
-from milepost_router.version_string import LoadedVersion
 
 log = logging.getLogger(__name__)
 
 Publish = Callable[["Transaction", tuple[str, ...]], Awaitable[bool]]
-
-
-class Phase(Enum):
-    """Where a transaction stands."""
-
-    PREPARED = auto()
-    TRANSFERRING = auto()
-    COMMITTING = auto()
-    COMMITTED = auto()
-    ABORTED = auto()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What was prepared; never changes.
-
-    Attributes:
-      transaction_id: its name.
-      request: the trainer's request.
-      version: the number.
-      loaded: the number with run and label, the string of a complete engine.
-      fleet_epoch: of the fleet when its members were fixed.
-      group: process group (gloo, nccl).
-      group_is_open: its members are in it already.
-      expires_at: end of its time on the loop's clock.
-      join_timeout_s, bucket_timeout_s: deadlines of joining the process group, and of one bucket.
-      straggler_s: how much later than the first member of a collective the others may have a bucket.
-      verify_checksum: compare checksums before the commit.
-    """
-
-    transaction_id: str
-    request: t.PrepareRequest
-    version: int
-    fleet_epoch: int
-    group: Group | None
-    group_is_open: bool
-    expires_at: float
-    join_timeout_s: float
-    bucket_timeout_s: float
-    straggler_s: float
-    verify_checksum: bool
-    manifest: dict[str, t.TensorSpec] = field(default_factory=dict[str, t.TensorSpec])
-
-    @property
-    def loaded(self) -> LoadedVersion:
-        """What a complete engine carries."""
-        return LoadedVersion(self.request.run_id, self.version, self.request.label)
-
-    @property
-    def collective(self) -> bool:
-        """One member's failure is everybody's."""
-        return self.request.transport in COLLECTIVE
-
-    @property
-    def group_name(self) -> str:
-        """Its name; empty: none."""
-        return self.group.name if self.group else ""
+Tell = Callable[["Transaction"], None]
+Refused = Callable[["Transaction", str], None]
 
 
 class Transaction:
@@ -111,6 +55,7 @@ class Transaction:
       plan: what was prepared.
       members: who takes part.
       publish: publishes the version in the ledger; False: the ledger is away.
+      refused: called when the ledger refuses it: who serves it must not go on.
       committed: called once at the commit.
       broken: called when the process group broke, after its members were put back.
       clock: told of its phases.
@@ -122,8 +67,9 @@ class Transaction:
         members: Sequence[Member],
         *,
         publish: Publish,
-        committed: Callable[[Transaction], None],
-        broken: Callable[[Transaction], None],
+        refused: Refused,
+        committed: Tell,
+        broken: Tell,
         clock: TransactionClock,
     ) -> None:
         self.plan, self.members = plan, tuple(members)
@@ -131,7 +77,8 @@ class Transaction:
         self.ended = asyncio.Event()
         self.num_buckets = 0
         self.why_aborted = ""
-        self._publish, self._on_committed, self._on_broken, self._clock = publish, committed, broken, clock
+        self._publish, self._on_refused, self._refusal = publish, refused, ""
+        self._on_committed, self._on_broken, self._clock = committed, broken, clock
         self._sent: set[str] = set()
         self._lock = asyncio.Lock()
         self._work: asyncio.Task[Any] | None = None
@@ -241,6 +188,7 @@ class Transaction:
             broken = await self._open_members(at_once=by_hook)
             if broken:
                 return broken
+            self._clock.enter("transfer")
         timeout_s = min(self.plan.bucket_timeout_s, self._remaining_s())
         transport = self.plan.request.transport
         faults = await self._each(
@@ -261,7 +209,7 @@ class Transaction:
         if broken:
             return broken
         self.phase = Phase.TRANSFERRING
-        self._clock.enter("transfer")
+        self._clock.enter("pause")
         mode = self.plan.request.pause_mode
         faults = await self._each(self._live, lambda m: m.open(mode, at_once=at_once))
         return await self._judge(faults, first=False)
@@ -353,29 +301,55 @@ class Transaction:
         self._clock.enter("verify")
         sums = await self._verify()
         self._clock.enter("commit")
-        await self._step(lambda m: m.name(self.plan.loaded))
-        self._require_members()
+        publishing = asyncio.create_task(self._tell_ledger(), name=f"publish {self.plan.version}")
         try:
-            published = await self._publish(self, tuple(m.engine_id for m in self._live))
+            await self._step(self._go_on)
+            self._clock.enter("publish")
+            published = await publishing
         except MilepostError:
-            await self._each(self._live, lambda m: m.unname())
+            await self._each(self._unserved, lambda m: m.unname())
             raise
-        await self._step(lambda m: m.finish())
+        finally:
+            publishing.cancel()
+            await asyncio.gather(publishing, return_exceptions=True)
         self.phase = Phase.COMMITTED
         self._clock.end("committed")
         self._on_committed(self)
-        self._outcome = t.Committed(
+        self._outcome = self._committed(sums, published=published)
+        self.ended.set()
+        if self.plan.collective and len(self._live) < len(self.members):
+            for member in self._live:
+                self._in_background(member.leave_group(), f"leave group {member.engine_id}")
+        return self._outcome
+
+    async def _tell_ledger(self) -> bool:
+        """Publishes the version; a refusal is passed on at once, whatever engines are at."""
+        try:
+            return await self._publish(self, tuple(m.engine_id for m in self._live))
+        except MilepostError as error:
+            self._refusal = str(error)
+            self._on_refused(self, self._refusal)
+            raise
+
+    async def _go_on(self, member: Member) -> None:
+        """Names a member's weights and lets it generate; it is served from unless the ledger has refused."""
+        await member.name(self.plan.loaded)
+        await member.resume()
+        if not self._refusal:
+            member.serve()
+
+    @property
+    def _unserved(self) -> list[Member]:
+        return [m for m in self._live if m.present]
+
+    def _committed(self, sums: dict[Member, str], *, published: bool) -> t.Committed:
+        return t.Committed(
             version=self.plan.version,
             serving=tuple(m.engine_id for m in self._live),
             quarantined={m.engine_id: m.failed for m in self.members if m.failed},
             checksums={m.engine_id: sums[m] for m in self._live if sums.get(m)},
             published=published,
         )
-        self.ended.set()
-        if self.plan.collective and len(self._live) < len(self.members):
-            for member in self._live:
-                self._in_background(member.leave_group(), f"leave group {member.engine_id}")
-        return self._outcome
 
     async def _verify(self) -> dict[Member, str]:
         """Reads back every member; those of one layout must agree."""
@@ -439,7 +413,6 @@ class Transaction:
         log.warning("transaction %s aborted: %s", self.plan.transaction_id, why)
         if self._joining is not None:
             await self._end_joining(self._joining)
-        stale: list[str] = []
         left = [m for m in self.members if m.present]
         gone = {m: m.failed for m in left if m.failed and m.gone}
         for member, reason in gone.items():
@@ -447,8 +420,8 @@ class Transaction:
         staying = [m for m in left if m not in gone]
         for member, fault in (await self._each(staying, lambda m: m.put_back(why))).items():
             self._quarantine(member, str(fault))
-        stale = [m.engine_id for m in staying if m.touched and m.record.state is t.EngineState.STALE]
-        self._stale = tuple(stale)
+        stale = [m for m in self.members if m.touched and m.record.state is t.EngineState.STALE]
+        self._stale = tuple(m.engine_id for m in stale)
         self.phase = Phase.ABORTED
         self._clock.end("aborted")
         self.ended.set()

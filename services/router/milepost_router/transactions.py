@@ -41,10 +41,11 @@ from milepost_router.groups import COLLECTIVE, Group, Groups
 from milepost_router.ledger import LEASE_TTL_S, Ledger, Publication, RouterHeld
 from milepost_router.member import Member
 from milepost_router.metrics import TransactionMeter
+from milepost_router.plan import Plan
 from milepost_router.probe import ApiOf
 from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
-from milepost_router.transaction import Plan, Transaction
+from milepost_router.transaction import Transaction
 
 T = TypeVar("T")
 
@@ -265,6 +266,7 @@ class Transactions:
             plan,
             members,
             publish=self._publish,
+            refused=self._refused,
             committed=self._committed,
             broken=self._broken,
             clock=self.meter.begin(),
@@ -396,6 +398,9 @@ class Transactions:
                 allow_older_label=all(e.label <= plan.request.label for e in serving),
             )
         )
+
+    def _refused(self, transaction: Transaction, why: str) -> None:
+        self._fleet.disown(transaction.plan.request.run_id, transaction.plan.version, why)
 
     def _committed(self, transaction: Transaction) -> None:
         plan, run_id = transaction.plan, transaction.plan.request.run_id

@@ -257,6 +257,21 @@ async def test_a_removed_engine_hands_its_requests_over(raw_engines):
         assert {content["engine"] for _, _, content in answers} == {"b"}
 
 
+async def test_an_engine_whose_version_the_ledger_refused_hands_its_requests_over(raw_engines):
+    """What it has generated of them was generated under weights that nobody may train on."""
+    a, b = raw_engines
+    a.serve = hang
+    async with front(a, b) as router:
+        asking = [asyncio.create_task(router.ask(x_milepost_session=f"s{i}")) for i in range(12)]
+        await a.asked()
+        refused = router.router.fleet.known("a")
+        refused.version = 7
+        router.router.fleet.disown("", 7, "void")
+        answers = await asyncio.gather(*asking)
+        assert {(status, content["engine"]) for status, _, content in answers} == {(200, "b")}
+        assert refused.in_flight == 0
+
+
 async def test_a_kept_connection_that_the_engine_closed_costs_nothing(raw_engines):
     a, _ = raw_engines
 
