@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
+from milepost import RouterClient
 from milepost.client.rollout import RolloutClient
-from milepost.types import Outcome, Prompt, PromptState, RolloutOptions, SamplingParams
-from stack import ROOT, Stack, until
+from milepost.types import EngineState, Outcome, Prompt, PromptState, RolloutOptions, SamplingParams
+from stack import READY_S, ROOT, Stack, until
 
 NODE, NPM = shutil.which("node"), shutil.which("npm")
 EXAMPLE = ROOT / "examples" / "node-client"
@@ -31,7 +32,7 @@ PROMPTS, STEP, LIMIT = 24, 4, 16
 pytestmark = [
     pytest.mark.skipif(not (NODE and NPM), reason="node and npm are not here"),
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 
 
@@ -99,7 +100,7 @@ async def test_prompts_are_fed_with_credits_once_and_read_back(
     async with stack.buffer() as buffer, RolloutClient(stack.address("rollout")) as gateway:
         to_run = ("--buffer", buffer.address, "--run", stack.run_id)
         await gateway.pause()  # nothing is rolled out, so that credits run out
-        async with node(client, "feed.js", prompts, *to_run, "--keep-open") as feeder:
+        async with node(client, "feed.js", prompts, *to_run, "--keep-open", "--patience", 300) as feeder:
             before = await said(feeder, "refused")
             assert [e["event"] for e in before] == ["opened", "accepted", "refused"]
             assert (before[1]["accepted"], before[1]["credits"]) == (LIMIT, 0)
@@ -131,7 +132,7 @@ async def test_prompts_are_fed_with_credits_once_and_read_back(
         async def trained() -> bool:
             return (await stack.stats(buffer)).trained == PROMPTS
 
-        await until("every prompt is trained on", trained, within_s=90)
+        await until("every prompt is trained on", trained, within_s=READY_S)
         await ledger_is_the_same(client, stack, to_run)
         audit = await buffer.audit_ledger(stack.run_id)
     assert (audit.accepted, audit.trained, audit.problems) == (PROMPTS, PROMPTS, ())
@@ -152,12 +153,26 @@ async def ledger_is_the_same(client: Path, stack: Stack, to_run: tuple[str, ...]
     assert (stats["trained"], stats["committed_step"]) == (PROMPTS, PROMPTS // STEP)
 
 
+async def weights_stand(stack: Stack) -> None:
+    """Waits until every engine serves the weights of the last step; there will be no other."""
+    await stack.ready("trainer")
+    await stack.ready("rollout")
+    async with stack.buffer() as buffer, RouterClient(stack.address("router")) as router:
+
+        async def stand() -> bool:
+            stats = await stack.stats(buffer)
+            states = [e.state for e in (await router.list_engines(stack.run_id)).engines]
+            newest = stats.weight_version and stats.weight_label == stats.committed_step
+            return bool(newest) and states == 2 * [EngineState.SERVING]
+
+        await until("every engine serves the last step's weights", stand, within_s=READY_S)
+
+
 async def test_trajectories_are_decoded(client: Path, stack: Stack, tmp_path: Path) -> None:
     prompts = [Prompt(prompt_id=f"roll-{i}", text=f"{i + 10}+{i + 21}=") for i in range(6)]
     lines = [{"prompt_id": p.prompt_id, "prompt": p.text} for p in prompts]
     (tmp_path / "roll.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    await stack.ready("trainer")
-    await stack.ready("rollout")
+    await weights_stand(stack)
     how = ("--samples", 2, "--reward", "mine:length", "--temperature", 0, "--max-new-tokens", 6)
     async with node(client, "rollout.js", tmp_path / "roll.jsonl", "--rollout", stack.address("rollout"),
                     *how) as roller:  # fmt: skip

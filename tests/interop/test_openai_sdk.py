@@ -15,14 +15,16 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from stack import Stack, until
+from milepost import RouterClient
+from milepost.types import EngineState
+from stack import READY_S, Stack, until
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
 CONTEXT = 8192
 CHAT: Any = {"messages": [{"role": "user", "content": "12+34"}]}
 GREEDY: Any = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +40,18 @@ def model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def client(stack: Stack) -> AsyncIterator[AsyncOpenAI]:
-    """A client of the router, once an engine serves the first version."""
+    """A client of the router, once both engines serve the first version: from then on nothing changes."""
     await stack.ready("trainer")
     await stack.ready("router")
+    async with RouterClient(stack.address("router")) as router:
+
+        async def both_serve() -> bool:
+            engines = (await router.list_engines(stack.run_id)).engines
+            return [e.state for e in engines] == 2 * [EngineState.SERVING]
+
+        await until("both engines serve version 1", both_serve, within_s=READY_S)
     url = f"http://{stack.address('router', 'http')}/v1"
     async with AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
-
-        async def served() -> bool:
-            try:
-                await client.models.list(extra_headers={"x-milepost-min-version": "1"})
-            except openai.InternalServerError:
-                return False
-            return True
-
-        await until("an engine serves version 1", served, within_s=60)
         yield client
 
 

@@ -15,9 +15,9 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 from grpc_reflection.v1alpha import reflection_pb2
 
-from stack import Stack, until
+from stack import READY_S, Stack, until
 
-CALL_S = 10.0
+CALL_S = 60.0
 V1, V1ALPHA = "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"
 SERVED = {
     "buffer": {"milepost.v1.BufferService", "milepost.v1.WeightService"},
@@ -32,7 +32,7 @@ CALLS = {
     "trainer": ("milepost.v1.TrainerService/GetTrainerStatus", {}),
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Stranger:
@@ -138,7 +138,7 @@ async def test_services_are_listed_described_and_called(stack: Stack, name: str,
             answer = await client.call(*CALLS[name])
             return answer if len(answer.get("engines", "ab")) == 2 else None
 
-        answer = await until("an answer, with both engines", answered, within_s=60)
+        answer = await until("an answer, with both engines", answered, within_s=READY_S)
     match name:
         case "buffer":
             runs = {r["run_id"]: r for r in answer["runs"]}
