@@ -29,7 +29,9 @@ from stack import MILEPOST, until
 
 RUN = "netns"
 HOSTS = ("redis", "buffer", "router", "engine-0", "engine-1", "rollout", "trainer", "feeder")
-READY_S = 90.0
+READY_S = 180.0
+LOOK_S = 20.0
+"""Deadline of the test's own calls, which nothing cuts off."""
 CALL_S = 2.0
 """Deadline of the services' calls to the buffer."""
 REDIS_S = 1.5
@@ -156,7 +158,7 @@ class Hosts:
     @asynccontextmanager
     async def eyes(self) -> AsyncIterator[Eyes]:
         """Clients of the running test."""
-        options: dict[str, Any] = {"timeout_s": CALL_S, "retry": NO_RETRY}
+        options: dict[str, Any] = {"timeout_s": LOOK_S, "retry": NO_RETRY}
         async with contextlib.AsyncExitStack() as stack:
             own = stack.enter_async_context
             yield Eyes(

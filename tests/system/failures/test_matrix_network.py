@@ -23,14 +23,16 @@ from milepost.types import EngineState, PromptState
 from milepost_rollout.gateway import LEASE_WAIT_S
 from stack import ARITHMETIC, MILEPOST, run, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 LEASE_TTL_S = 5.0
-FELT_S = BROKEN_S + LEASE_WAIT_S + CALL_S
+BUSY_S = 40.0
+"""What a machine that does other work as well may add to any of these."""
+FELT_S = BROKEN_S + LEASE_WAIT_S + CALL_S + BUSY_S
 """A cut is felt within this: the longest that a call waits and its deadline, or a connection that breaks."""
-RECOVERED_S = BROKEN_S + LEASE_TTL_S + LEASE_WAIT_S + CALL_S + WEIGHTS_S
+RECOVERED_S = BROKEN_S + LEASE_TTL_S + LEASE_WAIT_S + CALL_S + WEIGHTS_S + BUSY_S
 """After a cut: stuck connections break, lost leases expire, calls and a transaction run into deadlines."""
-FINISHED_S = 60.0
+FINISHED_S = 180.0
 OUT = (EngineState.DEAD, EngineState.QUARANTINED)
 
 
