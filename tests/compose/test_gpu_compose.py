@@ -57,7 +57,7 @@ def config(file: str, variables: Mapping[str, str]) -> subprocess.CompletedProce
     """`docker compose config`, with these variables and none of ours."""
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME")}
     command = ["docker", "compose", "--file", str(FOLDER / file), "config", "--format", "json"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, env=kept | dict(variables))
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=kept | dict(variables))
 
 
 def rendered(file: str, **variables: str) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def test_health_is_asked_where_the_service_listens(
         settings = settings_of(service, image, monkeypatch)
         port = settings.port if isinstance(settings, EngineSettings) else int(settings.listen.split(":")[1])
         assert f"127.0.0.1:{port}" in rest[1], f"{name} listens at {port}"
-        asked = subprocess.run([MILEPOST, *rest], timeout=30, capture_output=True)
+        asked = subprocess.run([MILEPOST, *rest], timeout=100, capture_output=True)
         assert program == "milepost"
         assert asked.returncode in (0, 1), "2 is a command line that is not understood"
 

@@ -12,6 +12,7 @@ from compose_project import (
     MARKS,
     Compose,
     assert_audit_closes,
+    at_rest,
     until_bound,
     until_committed,
     until_full,
@@ -36,7 +37,7 @@ async def test_a_run_over_two_hosts_survives_its_mirror_and_its_cable(hosts: tup
         await until_goes_on(buffer)
 
         await trainer.cut_off("trainer")
-        cut = await until_committed(buffer, 0)
+        cut = await at_rest(buffer)
         full = await until_full(buffer)
         assert full.committed_step == cut.committed_step < rollout.steps
         await trainer.reconnect("trainer")

@@ -40,8 +40,10 @@ def has_compose() -> bool:
     """Whether `docker compose` is a command here; where containers are tested it must be."""
     if os.environ.get("MILEPOST_COMPOSE") == "1":
         return True
-    docker = shutil.which("docker")
-    return bool(docker) and not subprocess.run([docker, "compose", "version"], capture_output=True).returncode
+    if docker := shutil.which("docker"):
+        asked = subprocess.run([docker, "compose", "version"], capture_output=True, timeout=CALL_S)
+        return not asked.returncode
+    return False
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,15 @@ async def until_goes_on(buffer: BufferClient) -> RunStats:
     """Waits until two more steps than now are committed: one may have been about to be."""
     stats = await until_committed(buffer, 0)
     return await until_committed(buffer, stats.committed_step + 2)
+
+
+async def at_rest(buffer: BufferClient) -> RunStats:
+    """Counts after the trainer was cut off: asked until what it had sent before is through."""
+    before = await until_committed(buffer, 0)
+    after = await until_committed(buffer, 0)
+    while after.committed_step > before.committed_step:
+        before, after = after, await until_committed(buffer, 0)
+    return after
 
 
 async def order_of(buffer: BufferClient) -> dict[tuple[int, int], str]:
