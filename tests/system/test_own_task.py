@@ -17,7 +17,7 @@ async def evens(sample):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(500)
 def test_own_prompts_and_own_reward_train_with_one_command(start_stack, tmp_path: Path) -> None:
     prompts = [{"prompt": f"{i:02d}+", "metadata": {"i": i}} for i in range(16)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
@@ -29,7 +29,7 @@ def test_own_prompts_and_own_reward_train_with_one_command(start_stack, tmp_path
         run={"reward": "my_rewards:evens"},
         rollout={"reward_path": [str(tmp_path)]},
     )
-    assert stack.process.wait(180) == 0, stack.logs()
+    assert stack.process.wait(400) == 0, stack.logs()
     rows = [json.loads(line) for line in (stack.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     assert any(0 < r["rollout/raw_reward"] < 1 for r in rows)

@@ -10,18 +10,16 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launched import Launched
+from launched import Launched, free_port
 from milepost import BufferClient, RouterClient
 from milepost.client import RolloutClient
 from milepost.types import EngineState
@@ -29,7 +27,7 @@ from stack import ARITHMETIC, MILEPOST, run, until, write_config
 
 RUN, SOURCE = "upgraded", "sums"
 STEPS_BETWEEN = 3
-START_S = 120.0  # of one process: it may have to import torch beside all others
+START_S = 180.0  # of one process: it may have to import torch beside all others
 STOP_S = 65.0  # of the trainer, which finishes its step and saves; the others take half of it at most
 GRPC = ("buffer", "router", "rollout", "trainer")
 ENGINES = ("engine-0", "engine-1")
@@ -37,20 +35,12 @@ JSON_LOGS = ("--telemetry.log_format", "json")
 """What shows that it was read: every line of the new process's log is an object."""
 
 
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for taken in sockets:
-            taken.bind(("127.0.0.1", 0))
-        return [taken.getsockname()[1] for taken in sockets]
-
-
 class Deployment:
     """The services of one run, each a process; `replace` is the upgrade of one."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         names = (*GRPC, "http", *ENGINES)
-        self.at = dict(zip(names, (f"127.0.0.1:{p}" for p in free_ports(len(names))), strict=True))
+        self.at = dict(zip(names, (f"127.0.0.1:{free_port()}" for _ in names), strict=True))
         self.folder, self.running, self.starts = folder, dict[str, Launched](), 0
         folder.mkdir()
         buffer, router = {"buffer": self.at["buffer"]}, {"router": self.at["router"]}
@@ -123,14 +113,14 @@ def feeder(deployment: Deployment, tmp_path: Path) -> Iterator[subprocess.Popen[
     """Feeds more prompts than the test can train; waits for the buffer and for the run."""
     run(sys.executable, ARITHMETIC / "make_data.py", "--out", tmp_path, "--train", "40000")
     command = [MILEPOST, "feed", str(tmp_path / "train.jsonl"), "--run", RUN, "--source", SOURCE]
-    command += ["--buffer", deployment.at["buffer"], "--batch", "4", "--wait-s", "120", "--stall-s", "120"]
+    command += ["--buffer", deployment.at["buffer"], "--batch", "4", "--wait-s", "600", "--stall-s", "600"]
     command += ["--acknowledged", str(deployment.folder / "acknowledged.jsonl")]
     with (deployment.folder / "feed.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     yield process
     if process.poll() is None:
         process.kill()
-    process.wait(10)
+    process.wait(STOP_S)
 
 
 class Operator:
@@ -143,7 +133,7 @@ class Operator:
         stats = await self._buffer.get_stats(RUN)
         return stats[0].committed_step if stats else 0
 
-    async def goes_on(self, after: str, *, within_s: float = 90.0) -> None:
+    async def goes_on(self, after: str, *, within_s: float = 180.0) -> None:
         """More steps are trained than before, and every engine serves."""
         step = await self._asked(f"the ledger answers after {after}", self.committed)
 
@@ -159,7 +149,7 @@ class Operator:
             engines = (await router.list_engines()).engines
         return [e.state for e in engines] == 2 * [EngineState.SERVING]
 
-    async def _asked(self, what: str, check: Callable[[], Awaitable[Any]], *, within_s: float = 60.0) -> Any:
+    async def _asked(self, what: str, check: Callable[[], Awaitable[Any]], *, within_s: float = 180.0) -> Any:
         try:
             return await until(what, check, within_s=within_s)
         except pytest.fail.Exception:
@@ -173,7 +163,7 @@ class Operator:
 
 def running_requests(deployment: Deployment, engine: str) -> int:
     """Rows of an engine's running batch, as it says itself."""
-    with urllib.request.urlopen(f"http://{deployment.at[engine]}/server_info", timeout=10) as reply:
+    with urllib.request.urlopen(f"http://{deployment.at[engine]}/server_info", timeout=60) as reply:
         return json.loads(reply.read())["max_running_requests"]
 
 
@@ -192,7 +182,7 @@ async def stop_in_order(deployment: Deployment) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 async def test_services_are_replaced_one_by_one_while_the_run_goes_on(
     deployment: Deployment, feeder: subprocess.Popen[bytes]
 ) -> None:
@@ -246,6 +236,6 @@ async def finish(deployment: Deployment, buffer: BufferClient, feeder: subproces
     assert await asyncio.to_thread(feeder.wait, STOP_S) == 130
     assert await buffer.close_source(RUN, source_id=SOURCE) == 0
     trainer = deployment.running.pop("trainer")
-    assert await asyncio.to_thread(trainer.process.wait, 90.0) == 0, trainer.log.read_text()[-3000:]
+    assert await asyncio.to_thread(trainer.process.wait, 180.0) == 0, trainer.log.read_text()[-3000:]
     trainer.end()
     assert (await buffer.get_run(RUN)).finished
