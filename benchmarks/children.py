@@ -13,8 +13,8 @@ from pathlib import Path
 
 from milepost_common.process import die_with_parent
 
-START_S = 30.0
-STOP_S = 15.0
+START_S = 150.0
+STOP_S = 60.0
 
 
 class ChildFailed(Exception):

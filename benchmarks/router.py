@@ -103,7 +103,7 @@ async def _sglang(engines: list[str], folder: Path) -> AsyncGenerator[Served]:
         yield served
 
 
-async def _answers(router: Served, *, within_s: float = 30.0) -> None:
+async def _answers(router: Served, *, within_s: float = 120.0) -> None:
     """Waits until the router passes requests on to its engines."""
     load = Load(f"{router.url}/generate", body=request_body(large=False), expected=reply_body(large=False))
     why: Exception | None = None
@@ -111,7 +111,7 @@ async def _answers(router: Served, *, within_s: float = 30.0) -> None:
         async with asyncio.timeout(within_s):
             while True:
                 try:
-                    await load.run(16, num_connections=1, within_s=5.0)
+                    await load.run(16, num_connections=1, within_s=30.0)
                     return
                 except (OSError, WrongReply) as error:
                     why = error

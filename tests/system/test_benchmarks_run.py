@@ -19,7 +19,7 @@ ROWS = {
 }
 FIELDS = {"name", "ours", "reference", "unit", "ratio", "target", "met", "compared", "runs", "more"}
 MET, MISSED = 0, 1
-DEADLINE_S = 110
+DEADLINE_S = 550
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -33,6 +33,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_have_the_agreed_shape(name: str, tmp_path: Path):
     if name == "router":
