@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(400)  # of the first test of each worker: it builds the wheel
+
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = (
     "milepost", "milepost_common", "milepost_buffer", "milepost_router", "milepost_rollout",
