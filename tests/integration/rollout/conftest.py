@@ -27,6 +27,7 @@ from milepost.types import LedgerRow, Prompt, PromptItem, PromptState, RunConfig
 
 ROOT = Path(__file__).parents[3]
 START_S = 90.0
+DEADLINE_S = 90.0
 
 
 class Process:
@@ -56,28 +57,28 @@ class Process:
                     return match[1]
         finally:
             deadline.cancel()
-        raise AssertionError(f"ended with {self._process.wait(10)}:\n{self.log.read_text()[-3000:]}")
+        raise AssertionError(f"ended with {self._process.wait(30)}:\n{self.log.read_text()[-3000:]}")
 
     def kill(self) -> None:
         """kill -9."""
         self._process.kill()
-        self._process.wait(10)
+        self._process.wait(30)
         self._close()
 
-    def stop(self, timeout_s: float = 30.0) -> int:
+    def stop(self, timeout_s: float = 60.0) -> int:
         """SIGTERM; returns the exit status."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         return self.wait(timeout_s)
 
-    def wait(self, timeout_s: float = 30.0) -> int:
+    def wait(self, timeout_s: float = 60.0) -> int:
         """Waits for the end; returns the exit status."""
         try:
             return self._process.wait(timeout_s)
         finally:
             if self._process.poll() is None:
                 self._process.kill()
-                self._process.wait(10)
+                self._process.wait(30)
             self._close()
 
     def _close(self) -> None:
@@ -227,7 +228,7 @@ class Driver:
 
     async def step(self, step: int) -> tuple[StepGroup, ...]:
         """Leases a step, waiting for it."""
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(DEADLINE_S):
             while not (
                 lease := await self.buffer.lease_step(self.run_id, term=self.term, step=step, max_wait_s=5)
             ).groups:
@@ -247,7 +248,7 @@ class Driver:
         """Waits for a state of the ledger."""
         rows: dict[str, LedgerRow] = {}
         try:
-            async with asyncio.timeout(40):
+            async with asyncio.timeout(DEADLINE_S):
                 while not condition(rows := await self.rows()):
                     await asyncio.sleep(0.05)
         except TimeoutError:

@@ -17,7 +17,7 @@ ENDS = (PromptState.READY, PromptState.DROPPED)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 async def test_leases_whose_answer_was_lost_are_given_back_before_they_expire(
     driver: Any, engine: Any, start_gateway: Any
 ) -> None:
@@ -30,7 +30,7 @@ async def test_leases_whose_answer_was_lost_are_given_back_before_they_expire(
             async def waits_for_prompts() -> bool:
                 return "no prompts" in (await gateway.get_status()).waiting_for
 
-            await until("the gateway waits for prompts", waits_for_prompts, within_s=40)
+            await until("the gateway waits for prompts", waits_for_prompts, within_s=90)
             relay.muted = True
             await driver.feed(*(Prompt(prompt_id=p, text="12+34=", label="046") for p in PROMPTS))
             rows = await driver.until_states(**dict.fromkeys(PROMPTS, PromptState.ROLLING))

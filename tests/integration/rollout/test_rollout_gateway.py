@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from launched import free_port
 from milepost.client.rollout import RolloutClient
 from milepost.convert import open_group
 from milepost.types import (
@@ -29,6 +31,9 @@ from milepost.types import (
 from milepost.v1 import reward_pb2, reward_pb2_grpc, sample_pb2
 from milepost_common.server import GrpcServer
 
+pytestmark = pytest.mark.timeout(300)
+DEADLINE_S = 90.0
+
 
 def sums(count: int, *, start: int = 0, **more: Any) -> list[Prompt]:
     return [
@@ -38,7 +43,7 @@ def sums(count: int, *, start: int = 0, **more: Any) -> list[Prompt]:
 
 async def eventually(condition: Callable[[], Awaitable[bool]], what: str) -> None:
     try:
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(DEADLINE_S):
             while not await condition():
                 await asyncio.sleep(0.05)
     except TimeoutError:
@@ -111,7 +116,8 @@ async def test_the_gateway_waits_while_the_router_is_away(
     await driver.create()
     await driver.publish(0, engine)
     common = {"buffer": driver.buffer.address, "engines": engine.url}
-    process, router, http = start_router(**common)
+    where = {x: f"127.0.0.1:{free_port()}" for x in ("listen", "http_listen")}
+    process, router, http = start_router(**common, **where)
     process.kill()
     _, address = start_gateway(
         buffer=driver.buffer.address, run_id=driver.run_id, router=router, router_http=f"http://{http}"
@@ -124,7 +130,7 @@ async def test_the_gateway_waits_while_the_router_is_away(
             return status.groups_in_flight == 4 and "engines" in status.waiting_for
 
         await eventually(waits, "the gateway says that it waits for engines")
-        start_router(**common, listen=router, http_listen=http)
+        start_router(**common, **where)
         rows = await driver.until(lambda rows: all(r.state is PromptState.READY for r in rows.values()))
     assert {r.attempt for r in rows.values()} == {1}
     assert {r.failed_attempts for r in rows.values()} == {0}
@@ -206,7 +212,7 @@ async def test_rewards_that_fail_follow_the_policy(
         run_id=driver.run_id,
         router_http=engine.url,
         reward_path='["folder"]',
-        reward_timeout_s=0.3,
+        reward_timeout_s=3,
     )
     dropped = PromptState.DROPPED
     rows = await driver.until_states(
@@ -219,7 +225,7 @@ async def test_rewards_that_fail_follow_the_policy(
         in rows["raise"].detail
     )
     assert rows["hang"].drop_reason is DropReason.REWARD_ERROR
-    assert "no answer within 0.3 s" in rows["hang"].detail
+    assert "no answer within 3 s" in rows["hang"].detail
     assert rows["equal"].drop_reason is DropReason.FILTER
     assert "every reward is 1" in rows["equal"].detail
     assert (await driver.buffer.audit_ledger(driver.run_id)).closes
@@ -242,7 +248,8 @@ async def test_evaluation_beside_rollout(driver: Any, engine: Any, start_gateway
     results = tmp_path / "runs" / driver.run_id / "eval.jsonl"
 
     async def evaluated(label: int) -> bool:
-        return results.exists() and f'"weight_label": {label}' in results.read_text()
+        lines = results.read_text().splitlines(keepends=True) if results.exists() else []
+        return any(f'"weight_label": {label}' in line and line.endswith("\n") for line in lines)
 
     await eventually(lambda: evaluated(0), "the first version is evaluated")
     line = json.loads(results.read_text().splitlines()[0])

@@ -93,7 +93,7 @@ async def test_a_router_that_comes_back_takes_the_lease_over(
     publisher = await publisher_of(router)
     await helpers.all_are(publisher.router, EngineState.STALE)
     await publisher.publish(helpers.weights(1), label=0)
-    await publisher.router.release_memory(run_id, term=publisher.term, tags=TAGS, lease_s=60)
+    await publisher.router.release_memory(run_id, term=publisher.term, tags=TAGS, lease_s=600)
     router.kill()
     router = start_router_process(engine.url, buffer=buffer)
     heir = await publisher_of(router)
