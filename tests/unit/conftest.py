@@ -1,5 +1,5 @@
-"""For Hypothesis: a property is about what is computed, never about how fast, or a machine that stands still for
-a moment would fail one."""
+"""For Hypothesis: a property is about what is computed, never about how fast; otherwise a machine that stands
+still for a moment would fail one."""
 
 from __future__ import annotations
 

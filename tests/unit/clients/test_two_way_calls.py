@@ -20,7 +20,9 @@ from milepost.errors import MilepostError, Unavailable
 from milepost.types import BucketHeader, Prompt
 from milepost.v1 import rollout_pb2_grpc, router_pb2, router_pb2_grpc
 
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
+BROKE_OFF = r"stops|broke while a message was sent"
+"""The second where the status overtook the message that it answers: grpc.aio forgets it then."""
 
 
 class BreaksOff(router_pb2_grpc.RouterServiceServicer, rollout_pb2_grpc.RolloutServiceServicer):
@@ -58,10 +60,12 @@ def serving(servicer: BreaksOff) -> Iterator[str]:
         assert server.stop(None).wait(DEADLINE_S)
 
 
-def nobody() -> str:
+@contextmanager
+def nobody() -> Iterator[str]:
+    """An address that is taken, so that nobody else listens there, and where nobody listens."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{taken.getsockname()[1]}"
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
 
 
 class Waits:
@@ -111,7 +115,7 @@ async def test_a_server_that_breaks_off(call: Any, message: Any) -> None:
     servicer, messages = BreaksOff(), Waits(message)
     with serving(servicer) as address:
         async with leaves_nothing():
-            with pytest.raises(Unavailable, match="stops"):
+            with pytest.raises(Unavailable, match=BROKE_OFF):
                 await call(address, messages)
         assert servicer.taken == 1
         assert messages.ended
@@ -120,9 +124,10 @@ async def test_a_server_that_breaks_off(call: Any, message: Any) -> None:
 @pytest.mark.parametrize(("call", "message"), CALLS)
 async def test_a_server_that_is_not_there(call: Any, message: Any) -> None:
     messages = Waits(message)
-    async with leaves_nothing():
-        with pytest.raises(Unavailable):
-            await call(nobody(), messages)
+    with nobody() as address:
+        async with leaves_nothing():
+            with pytest.raises(Unavailable):
+                await call(address, messages)
 
 
 @pytest.mark.parametrize(("call", "message"), CALLS)

@@ -1,7 +1,7 @@
 """A hand-written engine and a hand-written ledger, both driven by what the test tells them.
 
-The router's deadlines are short for calls that hang, and long for those that will be answered (`PatientApi`): a
-machine that stands still for a moment makes no engine fail that the test did not tell to.
+The router's deadlines are short for calls that hang, and long for those that will be answered (`PatientApi`):
+a machine that stands still for a moment makes no engine fail that the test did not tell to.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class FakeEngine:
 
 
 class PatientApi(EngineApi):
-    """Waits for an answer that will come, however long it takes; a call that hangs has the router's deadline."""
+    """Waits for an answer that will come, however late; a call that hangs has the router's deadline."""
 
     def __init__(self, fake: FakeEngine, pool: Pool, record: EngineRecord, *, timeout_s: float) -> None:
         super().__init__(pool, record, timeout_s=timeout_s)
