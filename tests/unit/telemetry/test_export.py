@@ -18,8 +18,8 @@ from milepost_common.telemetry.export import FLUSH_S, OncePer, endpoint_of, expo
 from milepost_common.telemetry.resource import INSTANCE_ID
 
 SLACK_S = 20.0
-"""Far more than the end needs beside the flush, and far less than a flush without a deadline takes: each of its
-batches has five seconds."""
+"""Far more than the end needs beside the flush, and far less than a flush without a deadline takes, in which
+each batch has five seconds."""
 
 
 @contextmanager
