@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import uuid
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-GROUP_TIMEOUT_S = 20.0
+GROUP_TIMEOUT_S = 60.0
 
 
 # ---- a trainer: rank 0 of a two-member gloo group ----------------------------------------------------------
@@ -25,19 +24,17 @@ class Trainer:
     """Rank 0, as a trainer for SGLang would build it."""
 
     def __init__(self, name: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
         self.name = name
         self.group = None
         self.store = dist.TCPStore(
             "127.0.0.1",
-            self.port,
+            0,
             2,
             is_master=True,
             wait_for_workers=False,
             timeout=timedelta(seconds=GROUP_TIMEOUT_S),
         )
+        self.port = self.store.port
 
     def _join(self) -> None:
         self.group, _ = c10d._new_process_group_helper(
