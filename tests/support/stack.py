@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARITHMETIC = ROOT / "examples" / "arithmetic"
 MILEPOST = str(Path(sys.executable).with_name("milepost"))
 READY_S = 180.0  # of one service: several import torch at once, on a machine that does other work as well
-STOP_S = 60.0
+STOP_S = 120.0
 FED = 130  # exit status of a feeder after Ctrl-C
 
 
