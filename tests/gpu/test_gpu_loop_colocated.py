@@ -8,30 +8,17 @@ warm start -> milepost up (buffer, router, SGLang, rollout, trainer)
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from gpu_loop import audited, committed, held_out, kill_sglang, step_rows, warm_start
+from gpu_loop import SGLANG, audited, committed, held_out, keep, kill_sglang, step_rows, warm_start
 from stack import Stack, until
 
 STEPS, GROUPS = 80, 32
 KILL_ENGINE, KILL_TRAINER = 20, 40
-SGLANG: dict[str, Any] = {
-    "enable_memory_saver": True,
-    "dtype": "bfloat16",
-    "mem_fraction_static": 0.1,
-    "max_total_tokens": 100_000,
-    "max_running_requests": 256,
-    "context_length": 64,
-    "disable_cuda_graph": True,
-    "sampling_backend": "pytorch",
-    "grammar_backend": "none",
-}
 
 
 @pytest.mark.gpu(1)
@@ -48,7 +35,9 @@ async def test_the_loop_learns_on_one_gpu_and_survives_kills(tmp_path: Path, out
         run={"groups_per_step": GROUPS, "samples_per_prompt": 8, "max_staleness": 2, "lease_ttl_s": 60.0},
         up={"engines": 1},
         engine={"backend": "sglang", "shutdown_timeout_s": 20.0},
-        engine__sglang=SGLANG | {k: v for k, v in options.items() if k == "attention_backend"},
+        engine__sglang=SGLANG
+        | {"enable_memory_saver": True}
+        | {k: v for k, v in options.items() if k == "attention_backend"},
         rollout={"max_concurrent_samples": 512},
         rollout__evaluate={"prompts": str(tmp_path / "data" / "held_out.jsonl")},
         trainer={"offload": "optimizer"},
@@ -68,10 +57,7 @@ async def test_the_loop_learns_on_one_gpu_and_survives_kills(tmp_path: Path, out
         await judge(stack, out)
     finally:
         stack.stop()
-        for name in ("metrics.jsonl", "steps.jsonl"):
-            with contextlib.suppress(OSError):
-                (out / f"loop-colocated-{name}").write_bytes((stack.run_dir / name).read_bytes())
-        (out / "loop-colocated-logs.txt").write_text(stack.logs())
+        keep(stack, out, "colocated")
 
 
 async def judge(stack: Stack, out: Path) -> None:

@@ -17,6 +17,18 @@ from milepost import RolloutClient
 from milepost.errors import MilepostError
 from stack import ARITHMETIC, MILEPOST, Stack, run, until, write_config
 
+SGLANG: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "mem_fraction_static": 0.1,
+    "max_total_tokens": 100_000,
+    "max_running_requests": 256,
+    "context_length": 64,
+    "disable_cuda_graph": True,
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+}
+"""For a model of 2 M parameters and answers of a few tokens."""
+
 
 def warm_start(folder: Path, *, prompts: int) -> Path:
     """A model that is right three times in ten; its data beside it."""
@@ -44,8 +56,21 @@ def step_rows(stack: Stack) -> dict[int, dict[str, Any]]:
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
             row = json.loads(line)
-            found[row["step"]] = row
+            if "perf/step_time" in row:
+                found[row["step"]] = row
     return found
+
+
+def keep(stack: Stack, out: Path, name: str) -> None:
+    """Its records and logs beside the verdict, also where it failed."""
+    for file in ("metrics.jsonl", "steps.jsonl"):
+        with contextlib.suppress(OSError):
+            (out / f"loop-{name}-{file}").write_bytes((stack.run_dir / file).read_bytes())
+    (out / f"loop-{name}-logs.txt").write_text(stack.logs())
+    with contextlib.suppress(OSError):
+        router = (stack.run_dir / "logs" / "router.log").read_text().splitlines()
+        told = [line for line in router if "is served" in line]
+        (out / f"loop-{name}-publications.txt").write_text("\n".join(told) + "\n")
 
 
 def kill_sglang(launcher: int) -> None:
