@@ -10,15 +10,18 @@ where they are facts, and then they survive a restart.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 from milepost import types as t
-from milepost.errors import MilepostError, NotFound
+from milepost.errors import FailedPrecondition, MilepostError, NotFound
 from milepost_common.metrics import Counter, Gauge, Instrument, Kind, Spec
 
 MAX_RUNS = 64
 STATS_TIMEOUT_S = 1.5
+
+log = logging.getLogger(__name__)
 
 PROMPTS = Spec(
     "milepost_ledger_prompts",
@@ -238,6 +241,9 @@ class LedgerView:
         try:
             return await self._accounts.stats(run_id)
         except NotFound:  # named by a CreateRun that did not come through
+            return None
+        except FailedPrecondition as error:  # of another schema: no reason to tell nothing of the others
+            log.debug("run %s is left out of the metrics: %s", run_id, error)
             return None
 
 
