@@ -30,7 +30,7 @@ from milepost_buffer.prompts import Lease, StoredPrompt
 
 sys.path.insert(0, str(Path(__file__).parent))  # for ledger_model
 
-START_S = 10.0
+START_S = 60.0
 _numbers = itertools.count(1)
 
 
@@ -49,7 +49,7 @@ def redis_server(binary: str) -> Iterator[str]:
             yield f"unix://{path}"
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(60)
 
 
 def _wait_for_socket(path: str, process: subprocess.Popen[bytes]) -> None:

@@ -42,7 +42,7 @@ async def put(buffer: BufferClient, run_id: str, *names: str, traceparent: str =
 
 async def lease(buffer: BufferClient, run_id: str, count: int) -> tuple[t.PromptLease, ...]:
     found = await buffer.lease_prompts(
-        run_id, gateway_id="gw", instance_id="gw-1", max_prompts=count, max_wait_s=5
+        run_id, gateway_id="gw", instance_id="gw-1", max_prompts=count, max_wait_s=30
     )
     assert len(found.leases) == count
     return found.leases

@@ -117,16 +117,16 @@ async def test_watchers_get_the_newest_now_and_each_publication(bench) -> None:
     first = asyncio.Event()
 
     async def watch() -> None:
-        async for version in bench.ledger.versions.watch(bench.run_id, max_wait_s=10):
+        async for version in bench.ledger.versions.watch(bench.run_id, max_wait_s=60):
             seen.append(version.label)
             first.set()
             if version.label == 2:
                 return
 
     task = asyncio.create_task(watch())
-    await asyncio.wait_for(first.wait(), 10)
+    await asyncio.wait_for(first.wait(), 30)
     await bench.publish(2)
-    await asyncio.wait_for(task, 10)
+    await asyncio.wait_for(task, 30)
     assert seen == [0, 2]
 
 
