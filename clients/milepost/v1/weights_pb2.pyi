@@ -181,7 +181,7 @@ class PublishVersionRequest(_message.Message):
     """Allow a label below the newest published one: no engine serves that one any more."""
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Engines that serve it."""
+        """Engines that hold it whole: verified, and about to serve it, or serving it."""
 
     def __init__(
         self,
