@@ -45,7 +45,16 @@ from milepost_rollout.roller import GroupRoller, RollRequest
 from milepost_rollout.sampler import EnginesUnavailable
 from milepost_rollout.settle import Item, Ledger, Settler
 from milepost_rollout.status import Counters
-from milepost_rollout.verdict import ANSWER_LOST, GIVEN_BACK, Release, Seal, fails_fast, judge, refuse
+from milepost_rollout.verdict import (
+    ANSWER_LOST,
+    CAME_PAUSED,
+    GIVEN_BACK,
+    Release,
+    Seal,
+    fails_fast,
+    judge,
+    refuse,
+)
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +258,10 @@ class Gateway:
                 continue
             self._counters.leasing = "" if len(leased.leases) == wanted else f"prompts: {leased.reason}"
             for lease in leased.leases:
-                self._start(lease)
+                if self._paused:  # while the call was under way
+                    self._settler.submit(Item(key=lease.key, release=CAME_PAUSED))
+                else:
+                    self._start(lease)
             self._end_call()
             if leased.leases or clock() - asked >= 1.0:
                 backoff.reset()

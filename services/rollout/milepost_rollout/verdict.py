@@ -47,6 +47,7 @@ class Release:
 
 
 GIVEN_BACK = Release(detail="the gateway stops")
+CAME_PAUSED = Release(detail="the gateway was paused while it was leased")
 ANSWER_LOST = Release(detail="the answer that leased it was lost")
 
 

@@ -65,7 +65,7 @@ class FakeLedger:
         await self._notify()
 
     async def until(self, condition: Callable[[], Any]) -> None:
-        async with asyncio.timeout(10), self.changed:
+        async with asyncio.timeout(30), self.changed:
             await self.changed.wait_for(condition)
 
     async def get_run(self, run_id: str) -> Run:
@@ -206,7 +206,7 @@ class Setup:
         try:
             yield task
             self.stop.set()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await task
         finally:
             task.cancel()
@@ -254,7 +254,7 @@ async def test_generated_samples_make_room_while_their_group_is_scored():
     s.roller.open, s.roller.generated_before_gate = False, True
     async with s.running():
         await s.ledger.put("a", "b", "c", "d")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(s.roller.requests) < 4:
                 await asyncio.sleep(0.001)
         for i in "abcd":
@@ -282,6 +282,20 @@ async def test_pause_and_resume():
         s.gateway.resume()
         await s.ledger.until(lambda: "a" in s.ledger.sealed)
         assert not task.done()
+
+
+async def test_what_a_call_brings_after_the_pause_is_given_back():
+    s = Setup()
+    async with s.running():
+        await s.ledger.until(lambda: len(s.ledger.asked) == 1)
+        s.gateway.pause()
+        await s.ledger.put("a", "b")
+        await s.ledger.until(lambda: s.ledger.given_back == {"a", "b"})
+        assert not s.roller.requests
+        s.gateway.resume()
+        await s.ledger.put("c")
+        await s.ledger.until(lambda: "c" in s.ledger.sealed)
+    assert set(s.ledger.sealed) == {"c"}
 
 
 async def test_leases_are_renewed_and_lost_ones_are_cancelled():
@@ -385,7 +399,7 @@ async def test_it_stops_while_it_waits_for_the_run():
     s = Setup()
     s.ledger.get_run_errors = [NotFound("no run r")] * 1000
     async with s.running():
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while "does not exist" not in s.counters.waiting_for:
                 await asyncio.sleep(0)
     assert s.ledger.asked == []
