@@ -100,6 +100,11 @@ async def test_prompts_are_fed_with_credits_once_and_read_back(
     async with stack.buffer() as buffer, RolloutClient(stack.address("rollout")) as gateway:
         to_run = ("--buffer", buffer.address, "--run", stack.run_id)
         await gateway.pause()  # nothing is rolled out, so that credits run out
+
+        async def leases_no_more() -> bool:
+            return "resume: " in (await gateway.get_status()).waiting_for
+
+        await until("no call for prompts is under way", leases_no_more, within_s=READY_S)
         async with node(client, "feed.js", prompts, *to_run, "--keep-open", "--patience", 300) as feeder:
             before = await said(feeder, "refused")
             assert [e["event"] for e in before] == ["opened", "accepted", "refused"]
