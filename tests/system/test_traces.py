@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +24,10 @@ from stack import ARITHMETIC, Stack, run
 
 STEPS, GROUPS, SAMPLES = 3, 4, 2
 LONG = "too/long"
-RUN_S = 150.0
+RUN_S = 240.0
 POLLS = re.compile(r"/(LeasePrompts|LeaseStep|Renew|Watch|Heartbeat|List|Get|Fetch|OpenSource|Put)")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def to_its_end(folder: Path, model: Path, **telemetry: Any) -> Stack:
         model,
         "--feed",
         str(write_prompts(folder)),
+        run={"lease_ttl_s": 120.0},  # a gateway that stands still for a moment makes no second attempt
         up={"engines": 1},
         telemetry=telemetry,
     )
@@ -197,9 +199,11 @@ def test_json_lines_say_which_run_prompt_and_step(done: Done) -> None:
 async def test_without_a_collector_at_its_address_the_run_finishes_and_stops_in_time(
     model: Path, tmp_path: Path
 ) -> None:
+    begun = time.monotonic()
     stack = await asyncio.to_thread(to_its_end, tmp_path, model, otlp_endpoint="http://127.0.0.1:1")
+    minutes = 1 + (time.monotonic() - begun) // 60
     told = json.loads((stack.run_dir / "up.json").read_text())["services"]
     assert {name: service["starts"] for name, service in told.items()} == dict.fromkeys(told, 1)
     for log in sorted((stack.run_dir / "logs").glob("*.log")):
         assert "not stopped after" not in log.read_text()
-        assert log.read_text().count("opentelemetry.exporter") <= 8
+        assert log.read_text().count("opentelemetry.exporter") <= 8 * minutes  # each level once a minute
