@@ -31,7 +31,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from milepost.errors import InvalidArgument
+from milepost.errors import InvalidArgument, Unavailable
+from milepost_common.liveness import until_silent
 from milepost_engine import gpus, sglang_options
 from milepost_engine.registration import Registrar, introduce
 from milepost_engine.settings import EngineSettings
@@ -192,30 +193,31 @@ class Launcher:
         self, process: asyncio.subprocess.Process, stop: asyncio.Event, restart: asyncio.Event
     ) -> None:
         """Returns when it is to stop or to be started again, has died, or has not answered for too long."""
-        answered = _now()
+        hang_s = self._settings.hang_timeout_s
         ordered = asyncio.create_task(restart.wait())
+        silent = asyncio.create_task(until_silent(self._look, timeout_s=hang_s))
+        waiting = (ordered, silent, asyncio.create_task(process.wait()), asyncio.create_task(stop.wait()))
         try:
-            while not stop.is_set() and process.returncode is None:
-                looking = asyncio.create_task(self._answers("/server_info"))
-                await asyncio.wait({looking, ordered}, return_when=asyncio.FIRST_COMPLETED)
-                if ordered.done():
-                    log.error("the router says that it hangs in a process group: killing it")
-                    return
-                if looking.result():
-                    answered = _now()
-                elif process.returncode is None and _now() - answered > self._settings.hang_timeout_s:
-                    log.error("its scheduler has not answered for %.0f s: killing it", _now() - answered)
-                    return
-                await _pause(stop, LOOK_EVERY_S)
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if process.returncode is not None:
+                log.error("the server died with status %d", process.returncode)
+            elif ordered.done():
+                log.error("the router says that it hangs in a process group: killing it")
+            elif silent.done():
+                why = silent.result()
+                log.error("its scheduler has not answered for %.0f s: killing it (%s)", hang_s, why)
         finally:
-            ordered.cancel()
-        if process.returncode is not None:
-            log.error("the server died with status %d", process.returncode)
+            for task in waiting:
+                task.cancel()
 
-    async def _answers(self, path: str) -> bool:
-        timeout_s = min(LOOK_S, self._settings.hang_timeout_s)
+    async def _look(self, within_s: float) -> None:
+        """Asks the server for a sign of life, for `until_silent`."""
+        if not await self._answers("/server_info", within_s=within_s):
+            raise Unavailable(f"{self._url}/server_info: no answer within {within_s:g} s")
+
+    async def _answers(self, path: str, *, within_s: float = LOOK_S) -> bool:
         return await asyncio.to_thread(
-            _ask, self._url + path, self._settings.admin_api_key, timeout_s=timeout_s
+            _ask, self._url + path, self._settings.admin_api_key, timeout_s=within_s
         )
 
     async def _hand_over(self) -> None:
