@@ -53,7 +53,7 @@ class Deadlines:
 
     liveness_s: float = 4.5
     redis_liveness_s: float = 4.0
-    ready_s: float = 90.0
+    ready_s: float = 180.0
     lease_ttl_s: float = 3.0
     sample_s: float = 20.0
     publish_s: float = 12.0
