@@ -10,7 +10,7 @@ from milepost_engine.metrics import SPECS, SchedulerView
 from milepost_engine.runner import ModelRunner
 from milepost_engine.scheduler import Scheduler
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Counting:

@@ -12,7 +12,7 @@ from milepost_engine.generation import LogprobOptions
 from milepost_engine.runner import ModelRunner
 from milepost_engine.scheduler import Scheduler
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 class Harness:

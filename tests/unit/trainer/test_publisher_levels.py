@@ -169,7 +169,7 @@ class Bench:
             buckets=BUCKETS,
             gather=self.gather,
             whole=self.whole,
-            settings=settings or PublishSettings(timeout_s=5, retry_delay_s=60),
+            settings=settings or PublishSettings(timeout_s=60, retry_delay_s=60),
             run_id="run",
         )
 
@@ -325,7 +325,7 @@ async def test_a_failure_is_aborted_and_tried_again_later(bench: Bench, place: s
 
 
 async def test_the_delay_between_failures_has_an_end() -> None:
-    bench = Bench(PublishSettings(timeout_s=5, retry_delay_s=0.001, max_retry_delay_s=0.004))
+    bench = Bench(PublishSettings(timeout_s=60, retry_delay_s=0.001, max_retry_delay_s=0.004))
     bench.publisher.start(term=9, label=0, published=Published())
     watching = asyncio.create_task(bench.publisher.watch())
     bench.router.set_engine("e", t.EngineState.STALE)
@@ -408,7 +408,7 @@ async def test_a_bucket_that_is_refused_is_not_waited_for(bench: Bench) -> None:
     bench.router.set_engine("e", t.EngineState.STALE)
     await bench.heard()
     bench.router.fail_at = "break"
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert not await bench.publisher.catch_up()
     assert bench.transport.closed == [True]
 
@@ -481,7 +481,7 @@ async def test_a_transaction_is_prepared_while_the_step_still_makes_its_weights(
     await published_once(bench)
     finish = asyncio.Event()
     making = asyncio.create_task(bench.publisher.while_made(1, finish.wait()))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await bench.router.ahead.wait()
     assert not making.done()
     assert bench.router.requests[-1].label == 1

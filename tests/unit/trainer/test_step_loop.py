@@ -32,7 +32,7 @@ async def test_a_change_that_needs_nothing_ends_one_wait_only(publisher: Any) ->
     awaited = asyncio.get_running_loop().create_future()
     awaited_task: Any = asyncio.ensure_future(awaited)
     publisher.changed.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert not await loop._tend(awaited_task)  # pyright: ignore[reportPrivateUsage]
     assert not publisher.changed.is_set()
 
@@ -71,7 +71,7 @@ async def test_a_lease_that_was_refused_ahead_of_its_time_is_asked_for_again(pub
         ledger=ledger, crew=crew, publisher=publisher, saver=absent, recorder=absent,
         state=state, stop=asyncio.Event(),
     )  # fmt: skip
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         lease = await loop._await_lease(2)  # pyright: ignore[reportPrivateUsage]
     assert lease is not None
     assert [g.prompt_id for g in lease.groups] == ["p"]

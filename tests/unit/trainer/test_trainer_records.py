@@ -133,7 +133,7 @@ async def test_save_waits_for_the_loop(state: TrainerState, client: TrainerClien
     assert await client.save_checkpoint() == t.SavedCheckpoint()
     assert state.save_wanted
     state.woken.clear()
-    asked = asyncio.create_task(client.save_checkpoint(max_wait_s=20))
+    asked = asyncio.create_task(client.save_checkpoint(max_wait_s=60))
     await state.woken.wait()
     state.checkpoint = t.SavedCheckpoint(step=3, path="/there")
     state.save_wanted = False
@@ -156,13 +156,13 @@ async def test_watchers_see_every_step_once_and_the_end(state: TrainerState, cli
     await live.wait()
     state.add_step(3, {"loss": 0.3})
     state.enter("finished")
-    await asyncio.wait_for(task, 10)
+    await asyncio.wait_for(task, 30)
     assert seen == [2, 3]
 
 
 async def test_watchers_of_a_quiet_trainer_are_let_go(state: TrainerState, client: TrainerClient) -> None:
     state.add_step(1, {"loss": 0.5})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert [step.step async for step in client.watch_steps(max_wait_s=0.1)] == [1]
     with pytest.raises(InvalidArgument, match=r"max_wait = 301 s: give 0 to 300 s"):
         await anext(client.watch_steps(max_wait_s=301))

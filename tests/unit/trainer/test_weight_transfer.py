@@ -26,7 +26,7 @@ MEMBERS = tuple(
     for name in ("e1", "e2")
 )
 PREPARED = Prepared(transaction_id="tx", fleet_epoch=3, members=MEMBERS, group_name="group", world_size=5)
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 
 
 class Router:
