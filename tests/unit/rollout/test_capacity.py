@@ -110,7 +110,7 @@ async def test_limits_hold_and_everybody_is_served(seed: int):
     doomed = rng.sample(tasks, 5)
     for task in doomed:
         task.cancel()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(r is None or isinstance(r, asyncio.CancelledError) for r in results)
     assert served == sum(r is None for r in results)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loop_clock import skip
 from milepost.errors import InvalidArgument
 from milepost.types import Outcome, SamplingParams, VersionSpan
 from milepost_rollout.backoff import BackoffPolicy
@@ -117,12 +118,19 @@ async def test_it_starts_over_where_partial_tokens_may_not_be_kept():
 
 
 async def test_aborts_without_progress_are_repeated_until_the_time_is_over():
-    script = Script(wrote([], finish="abort", message="updating"))
-    ending = await make(script, timeout_s=0.1).turn(job(), draft())
+    class UntilLate(Script):
+        async def generate(self, request: GenerateRequest, *, timeout_s: float) -> Generation:
+            if len(self.asked) == 4:
+                skip(60.0)
+            return await super().generate(request, timeout_s=timeout_s)
+
+    skip(0)
+    script = UntilLate(wrote([], finish="abort", message="updating"))
+    ending = await make(script, timeout_s=60.0).turn(job(), draft())
     assert ending.outcome is Outcome.ENGINE_ERROR
     assert "rollout.sample_timeout_s" in ending.error
     assert "updating" in ending.error
-    assert len(script.asked) > 3
+    assert len(script.asked) == 5
 
 
 async def test_failures_are_bounded_and_named():

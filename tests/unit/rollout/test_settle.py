@@ -84,7 +84,7 @@ class Setup:
             self.settler.submit(item)
         task = asyncio.create_task(self.settler.run())
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 await self.settler.drained()
         finally:
             task.cancel()
