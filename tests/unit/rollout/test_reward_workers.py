@@ -18,7 +18,7 @@ from milepost_rollout.rewards import RewardSample
 from milepost_rollout.rewards.pool import WorkerPool
 
 HERE = str(Path(__file__).parent)
-PATIENT_S, IMPATIENT_S = 60.0, 1.5
+PATIENT_S, IMPATIENT_S = 60.0, 4.0
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ async def pool() -> AsyncIterator[WorkerPool]:
 
 @pytest.fixture
 async def impatient() -> AsyncIterator[WorkerPool]:
-    """For rewards that hang; a good one must answer within its time even on a busy machine."""
+    """For rewards that hang; a good one must answer in time even where the machine stands still for 3 s."""
     pool = WorkerPool(size=1, timeout_s=IMPATIENT_S, reward_path=[HERE])
     yield pool
     await pool.close()
@@ -110,10 +110,11 @@ async def test_parts_and_everything_a_function_sees(pool: WorkerPool):
     "name, said",
     [
         ("user_rewards:raises_at_1", "raised ValueError: cannot read the answer"),
-        ("user_rewards:hangs_at_1", "no answer within 1.5 s (rollout.reward_timeout_s)"),
-        ("user_rewards:sleeps_at_1", "no answer within 1.5 s (rollout.reward_timeout_s)"),
+        ("user_rewards:hangs_at_1", "no answer within 4 s (rollout.reward_timeout_s)"),
+        ("user_rewards:sleeps_at_1", "no answer within 4 s (rollout.reward_timeout_s)"),
         ("user_rewards:kills_itself_at_1", "its worker was killed by signal 9"),
         ("user_rewards:exits_at_1", "its worker ended with exit code 3"),
+        ("user_rewards:exits_slowly_at_1", "its worker ended with exit code 3"),
     ],
 )
 async def test_one_bad_sample_does_not_cost_the_others(impatient: WorkerPool, name: str, said: str):
@@ -128,7 +129,7 @@ async def test_one_bad_sample_does_not_cost_the_others(impatient: WorkerPool, na
 @pytest.mark.parametrize("name", ["user_rewards:group_hangs", "user_rewards:blocks_the_loop"])
 async def test_a_group_that_hangs_is_an_error_of_all(impatient: WorkerPool, name: str):
     scores = await impatient.score(name, samples("a", "b"))
-    assert all("no answer within 1.5 s" in s.error for s in scores)
+    assert all("no answer within 4 s" in s.error for s in scores)
     assert await rewards(impatient, "user_rewards:length", samples("a")) == [1]
 
 
@@ -199,7 +200,7 @@ def alive(pid: int) -> bool:
 
 async def until(condition, what: str) -> None:
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.01)
     except TimeoutError:
@@ -244,7 +245,7 @@ async def test_workers_die_with_a_gateway_that_is_killed(tmp_path: Path):
 
 
 async def test_several_groups_share_few_workers():
-    pool = WorkerPool(size=2, timeout_s=10, reward_path=[HERE])
+    pool = WorkerPool(size=2, timeout_s=PATIENT_S, reward_path=[HERE])
     try:
         many = await asyncio.gather(
             *(pool.score("user_rewards:length", samples("a" * (i + 1))) for i in range(20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import sys
 import time
@@ -98,6 +99,13 @@ def kills_itself_at_1(sample: Any) -> float:
 
 def exits_at_1(sample: Any) -> float:
     if sample.index == 1:
+        sys.exit(3)
+    return 1.0
+
+
+def exits_slowly_at_1(sample: Any) -> float:
+    if sample.index == 1:
+        atexit.register(time.sleep, 1.0)
         sys.exit(3)
     return 1.0
 

@@ -27,6 +27,8 @@ from milepost_rollout.rewards.contract import RewardSample, Score
 
 _LENGTH = struct.Struct("<I")
 _REAP_S = 5.0
+_END_S = 5.0
+"""How long a worker that closed its pipes may take to end, before it is killed and its exit code lost."""
 
 
 class WorkerDied(Exception):
@@ -187,7 +189,7 @@ class WorkerPool:
             await self._collect(worker, job, positions)
             self._idle.append(worker)
         except (WorkerDied, TimeoutError) as error:
-            how = await self._discard(worker, after_s=0.5 if isinstance(error, WorkerDied) else 0.0)
+            how = await self._discard(worker, after_s=_END_S if isinstance(error, WorkerDied) else 0.0)
             if not loaded:
                 return _not_loaded(job.name, error, how, self._load_timeout_s)
             self._blame(job, positions, error, how)
