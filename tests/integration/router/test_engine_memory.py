@@ -10,6 +10,8 @@ import pytest
 from milepost import errors
 from milepost.types import EngineState
 
+pytestmark = pytest.mark.timeout(300)
+
 TAGS = ("kv_cache", "weights")
 
 

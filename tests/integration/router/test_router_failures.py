@@ -16,6 +16,8 @@ from milepost.channel import NO_RETRY
 from milepost.types import EngineState, Transport
 from moments import Missed, caught
 
+pytestmark = pytest.mark.timeout(300)
+
 
 async def server_info(helpers: Any, url: str) -> dict[str, Any]:
     async with helpers.http_session() as session, session.get(url + "/server_info") as reply:

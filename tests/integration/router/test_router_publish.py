@@ -12,6 +12,8 @@ from milepost import errors
 from milepost import types as t
 from milepost.types import EngineState, Transport
 
+pytestmark = pytest.mark.timeout(300)
+
 
 async def model_info(url: str) -> dict[str, Any]:
     async with aiohttp.ClientSession() as session, session.get(url + "/model_info") as reply:
