@@ -183,6 +183,24 @@ def buffer(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     service.stop()
 
 
+@pytest.fixture
+def start_buffer(logs: Path, tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Starts buffers that a test may suspend and kill; the next one finds what the one before has stored."""
+    started: list[Service] = []
+
+    def start(listen: str = "127.0.0.1:0") -> Service:
+        args = ("serve", "--listen", listen, "--data_dir", str(tmp_path / "redis"))
+        service = Service("milepost_buffer", *args, log=logs / f"buffer-{uuid.uuid4().hex}.log")
+        started.append(service)
+        return service
+
+    yield start
+    for service in started:
+        if service.process.poll() is None:
+            service.process.send_signal(signal.SIGCONT)
+        service.stop()
+
+
 class RouterProcess(Service):
     """A router."""
 
@@ -233,11 +251,11 @@ def start_router_process(logs: Path, run_id: str, tmp_path: Path) -> Iterator[Ca
     """Starts routers as processes, which can be killed."""
     started: list[RouterProcess] = []
 
-    def start(*engines: str, buffer: str = "") -> RouterProcess:
+    def start(*engines: str, buffer: str = "", **more: str) -> RouterProcess:
         config = tmp_path / "router.toml"
         tables = "\n".join(f'[[router.engines]]\nurl = "{url}"\nrun_id = "{run_id}"' for url in engines)
         config.write_text(f'[router]\nbuffer = "{buffer}"\n{tables}\n')
-        flags = [part for key, value in FAST.items() for part in (f"--{key}", str(value))]
+        flags = [part for key, value in (FAST | more).items() for part in (f"--{key}", str(value))]
         args = ("serve", "--config", str(config), *flags)
         router = RouterProcess("milepost_router", *args, log=logs / f"router-{uuid.uuid4().hex}.log")
         started.append(router)
@@ -293,6 +311,12 @@ async def generate(
         return Answer(reply.status, reply.headers, json.loads(raw))
 
 
+async def released(url: str) -> list[str]:
+    """What memory an engine says that it has given up."""
+    async with http_session() as session, session.get(url + "/server_info") as reply:
+        return (await reply.json())["released_memory"]
+
+
 async def states(client: RouterClient, run_id: str = "") -> dict[str, t.Engine]:
     """Engines by name."""
     return {e.engine_id: e for e in (await client.list_engines(run_id)).engines}
@@ -315,6 +339,7 @@ class Helpers:
 
     until = staticmethod(until)
     generate = staticmethod(generate)
+    released = staticmethod(released)
     states = staticmethod(states)
     all_are = staticmethod(all_are)
     http_session = staticmethod(http_session)
@@ -497,8 +522,8 @@ async def publisher_of(buffer: str, run_id: str, tmp_path: Path) -> AsyncIterato
     """Makes publishers for routers."""
     made: list[Publisher] = []
 
-    async def make(router: LocalRouter | RouterProcess) -> Publisher:
-        publisher = Publisher(router.grpc, buffer, run_id, tmp_path)
+    async def make(router: LocalRouter | RouterProcess, *, at: str = buffer) -> Publisher:
+        publisher = Publisher(router.grpc, at, run_id, tmp_path)
         made.append(publisher)
         await publisher.begin()
         return publisher
