@@ -5,9 +5,10 @@
     python -m benchmarks.gpu --device cpu --shapes tiny --runs 2    # it runs; its numbers mean nothing
 
 For each shape: publications with our hook in the engine and by SGLang's own flattened_bucket, in turns with
-flat copies; the checksum, timed apart; the longest time without a decoded token around a publication,
-by pause mode. The same weights must hash alike after both. A table goes to standard output, everything to
-`--out`. `--sglang` takes SGLang options as JSON.
+flat copies, until the engine serves, and until the trainer has the answer that the ledger holds it as well;
+the checksum, timed apart; the longest time without a decoded token around a publication, by pause mode. The
+same weights must hash alike after both. A table goes to standard output, everything to `--out`. `--sglang`
+takes SGLang options as JSON.
 """
 
 from __future__ import annotations
@@ -165,6 +166,9 @@ def table(results: list[dict[str, Any]]) -> str:
             lines.append(
                 _line(found["shape"], f"publication, {way}", whole, ratio, _aim(found, way, whole, ratio))
             )
+            served = median(rounds["served"])
+            verdict = _aim(found, way, served, copy_s / served)
+            lines.append(_line(found["shape"], "  the engine serves", served, copy_s / served, verdict))
             for part in ("ahead", "transfer", "hook", "commit"):
                 if rounds[part]:
                     lines.append(_line(found["shape"], f"  {part}", median(rounds[part])))

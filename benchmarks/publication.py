@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,14 +87,16 @@ class Rounds:
     """Publications one way, in seconds.
 
     Attributes:
-      whole: from weights at rest to an engine that serves them.
-      transfer: of that, until the engine has written them.
-      commit: of that, from there on.
+      whole: from weights at rest to the trainer's answer: the engine serves them, and the ledger holds them.
+      served: from weights at rest until the trainer sees the engine serve them.
+      transfer: of the whole, until the engine has written them.
+      commit: of the whole, from there on.
       ahead: preparation, while the step still made the weights.
       hook: inside the engine's process, as its report says.
     """
 
     whole: list[float] = field(default_factory=list[float])
+    served: list[float] = field(default_factory=list[float])
     transfer: list[float] = field(default_factory=list[float])
     commit: list[float] = field(default_factory=list[float])
     ahead: list[float] = field(default_factory=list[float])
@@ -102,11 +104,24 @@ class Rounds:
 
 
 class Clocked(RouterClient):
-    """A router's client that notes how long its calls took."""
+    """A router's client that notes how long its calls took.
+
+    Attributes:
+      served_at: when it first saw all engines serve a label.
+    """
 
     def __init__(self, address: str, rounds: Rounds) -> None:
         super().__init__(address)
         self._rounds = rounds
+        self.served_at: dict[int, float] = {}
+
+    async def watch_fleet(self, run_id: str = "", *, max_interval_s: float = 10.0) -> AsyncIterator[t.Fleet]:
+        """As the client's."""
+        async for fleet in super().watch_fleet(run_id, max_interval_s=max_interval_s):
+            labels = {(e.state, e.weight_label) for e in fleet.engines}
+            if len(labels) == 1 and labels.copy().pop()[0] is t.EngineState.SERVING:
+                self.served_at.setdefault(labels.pop()[1], time.perf_counter())
+            yield fleet
 
     async def prepare_weights(self, request: t.PrepareRequest) -> t.Prepared:
         """As the client's."""
@@ -144,6 +159,7 @@ class Trainer:
         self.size_bytes = sum(x.nbytes for x in self.weights.values())
         self.label = -1
         self.published = Published()
+        self._served_at: dict[int, float] = {}
         self._gathering = Gathering(self.weights, World(device=device), resident=True)
 
     @property
@@ -182,6 +198,7 @@ class Trainer:
             return await asyncio.to_thread(self._gathering.whole, buckets)
 
         async with Clocked(self.fleet.grpc, rounds) as router:
+            self._served_at = router.served_at
             publisher = Publisher(
                 router,
                 transport=way,
@@ -220,6 +237,8 @@ class Trainer:
         rounds.whole.append(time.perf_counter() - begun)
         rounds.transfer.append(rounds.whole[-1] - sum(rounds.commit[before:]))
         self.published = publisher.published
+        await _until("the trainer sees them served", lambda: self.label in self._served_at)
+        rounds.served.append(self._served_at[self.label] - begun)
 
     async def read(self, name: str) -> Any:
         """What the hook in the engine answers to a name."""
