@@ -20,7 +20,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from milepost import BufferClient
 from milepost import types as t
 from milepost.convert import make_group
-from milepost.errors import MilepostError, NotFound, ResourceExhausted
+from milepost.errors import DeadlineExceeded, MilepostError, NotFound, ResourceExhausted, Unavailable
 
 READY_S = 180.0
 VOCABULARY = 16
@@ -116,7 +116,7 @@ class Gateway:
                 leases = await self._buffer.lease_prompts(
                     self._run_id, gateway_id="g", instance_id="i", max_prompts=8, max_wait_s=1.0
                 )
-            except NotFound:
+            except (NotFound, Unavailable, DeadlineExceeded):  # not there yet, or slow for a while
                 await asyncio.sleep(0.1)
                 continue
             groups = [self._roll(lease) for lease in leases.leases]
