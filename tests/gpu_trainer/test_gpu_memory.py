@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config
 
-SCRIPT = Path(__file__).parent.parent / "integration" / "trainer" / "rank_script.py"
+from rank_jobs import do_jobs, save_shape
+
 SCALE, ROOM_MIB = 64, 256
 PLAIN: dict[str, Any] = {"max_tokens_per_micro_batch": 1_000_000, "compile": "never"}
 KEPT = PLAIN | {"fsdp": {"reshard_after_forward": False, "reduce_every_micro_batch": False}}
 GAUGES = Path("gpu-memory.json")
+DEADLINE_S = float(os.environ.get("MILEPOST_GPU_DEADLINE_S", "280"))
 
 Report = dict[str, Any]
 
@@ -26,17 +25,10 @@ Report = dict[str, Any]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the config of a model whose activations take a while of memory."""
     made = tmp_path_factory.mktemp("gpu-memory")
-    Qwen3Config(
-        vocab_size=16,
-        hidden_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-        intermediate_size=1024,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-    ).save_pretrained(made / "model")
+    wide = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    save_shape(
+        made / "model", num_hidden_layers=6, intermediate_size=1024, max_position_embeddings=4096, **wide
+    )
     return made
 
 
@@ -45,12 +37,7 @@ def launch(folder: Path, ranks: int, jobs: dict[str, dict[str, Any]]) -> dict[st
     described = [base | job | {"out": str(folder / f"{ranks}-{name}.pt")} for name, job in jobs.items()]
     for job in described:
         job["settings"] = {"optimizer": {"lr": 1e-3, "eps": 1e-2}} | job["settings"]
-    command = [sys.executable, str(SCRIPT), json.dumps(described)]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [sys.executable, *torchrun, *command[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK_SCRIPT_DEVICE": "cuda"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = do_jobs(described, ranks, timeout_s=DEADLINE_S, RANK_SCRIPT_DEVICE="cuda")
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: torch.load(folder / f"{ranks}-{name}.pt") for name in jobs}
 

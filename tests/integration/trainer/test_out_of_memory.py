@@ -7,18 +7,15 @@ fails again. A rank that is left waiting would end these runs by their deadline.
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config
 
-SCRIPT = Path(__file__).with_name("rank_script.py")
+from rank_jobs import do_jobs, save_shape
+
 TOLERANCE = 1e-5
 DEADLINE_S = 280
 LIMIT = 50
@@ -48,26 +45,13 @@ def fault(place: str, *, rank: int, tokens: int = LIMIT) -> dict[str, Any]:
     }
 
 
-def save_model(path: Path, *, layers: int, hidden: int) -> None:
-    Qwen3Config(
-        vocab_size=16,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
-        intermediate_size=2 * hidden,
-        tie_word_embeddings=True,
-        max_position_embeddings=512,
-    ).save_pretrained(path)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two models' configs: `model`, and `large`, whose activations are tens of megabytes."""
     made = tmp_path_factory.mktemp("memory")
-    save_model(made / "model", layers=3, hidden=32)
-    save_model(made / "large", layers=4, hidden=128)
+    save_shape(made / "model", num_hidden_layers=3, max_position_embeddings=512)
+    wide = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
+    save_shape(made / "large", num_hidden_layers=4, max_position_embeddings=512, **wide)
     return made
 
 
@@ -88,19 +72,8 @@ def start(
         | (extra or {}).get(name, {})
         for name, settings in jobs.items()
     ]
-    command = [sys.executable, str(SCRIPT), json.dumps(described)]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [sys.executable, *torchrun, *command[1:]]
-    return subprocess.run(
-        command,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},  # what one thread frees, all may take
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
+    # One arena: what one thread frees, all may take.
+    return do_jobs(described, ranks, timeout_s=DEADLINE_S, MALLOC_ARENA_MAX="1")
 
 
 def results(folder: Path, ranks: int, jobs: Jobs, extra: Jobs | None = None) -> dict[str, Report]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM
+
+from rank_jobs import do_jobs, save_shape
 
 pytestmark = pytest.mark.timeout(900)  # of the first test of a file: it makes all runs
-SCRIPT = Path(__file__).with_name("rank_script.py")
 TOLERANCE = 1e-5
 STEPS = [1, 2, 3]
 DEADLINE_S = 280  # of the jobs of one launch
@@ -27,18 +24,7 @@ Jobs = dict[str, dict[str, Any]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model's config in `model`."""
     made = tmp_path_factory.mktemp("ranks")
-    Qwen3Config(
-        vocab_size=16,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=64,
-        tie_word_embeddings=True,
-        max_position_embeddings=64,
-    ).save_pretrained(made / "model")
-    (made / "model" / "tokenizer.json").write_text("{}")
+    save_shape(made / "model")
     return made
 
 
@@ -50,14 +36,7 @@ def launch(folder: Path, ranks: int, jobs: Jobs) -> dict[str, Report]:
         | {"settings": {"optimizer": {"lr": 1e-3}} | job.get("settings", {})}
         for name, job in jobs.items()
     ]
-    command = [sys.executable, str(SCRIPT), json.dumps(described)]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [sys.executable, *torchrun, *command[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
-    )
+    done = do_jobs(described, ranks, timeout_s=DEADLINE_S)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: torch.load(folder / f"{name}.pt") for name in jobs}
 
