@@ -62,7 +62,9 @@ def launch(argv: Sequence[str], *, nproc: int) -> int:
             "MILEPOST_DIE_WITH_PARENT": "kill",  # a suspended rank would keep its port from the next trainer
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         }
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+        # All ranks are here: they need not find this host by its name, which may be one that nobody resolves.
+        here = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={nproc}"]
+        torchrun = ["-m", "torch.distributed.run", *here]
         # Without the "--" torchrun takes flags of ours that look like its own.
         command = [sys.executable, *torchrun, "-m", "--", "milepost_trainer", *argv]
         child = subprocess.Popen(command, env=environment)
