@@ -280,6 +280,7 @@ class TransactionClock:
         self._meter, self._clock = meter, clock
         self._phase, self._since = PHASES[0], clock()
         self._ended = False
+        self._spent: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
         """The next phase begins."""
@@ -301,4 +302,9 @@ class TransactionClock:
     def _record(self) -> None:
         now = self._clock()
         self._meter.seconds.record(now - self._since, self._phase)
+        self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._since
         self._since = now
+
+    def in_words(self) -> str:
+        """Its phases so far, for the log."""
+        return ", ".join(f"{phase} {1000 * spent:.1f} ms" for phase, spent in self._spent.items())

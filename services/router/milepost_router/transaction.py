@@ -77,6 +77,7 @@ class Transaction:
         self.ended = asyncio.Event()
         self.num_buckets = 0
         self.why_aborted = ""
+        self._in_flight = 0
         self._publish, self._on_refused, self._refusal = publish, refused, ""
         self._on_committed, self._on_broken, self._clock = committed, broken, clock
         self._sent: set[str] = set()
@@ -100,6 +101,11 @@ class Transaction:
             group_name=self.plan.group_name,
             world_size=1 + sum(m.ranks for m in self.members) if self.plan.collective else 0,
         )
+
+    @property
+    def account(self) -> str:
+        """Where its time went, and how many requests its members had when they were told, for the log."""
+        return f"{self._clock.in_words()}; {self._in_flight} requests were in flight"
 
     @property
     def is_open(self) -> bool:
@@ -210,6 +216,7 @@ class Transaction:
             return broken
         self.phase = Phase.TRANSFERRING
         self._clock.enter("pause")
+        self._in_flight = sum(member.record.in_flight for member in self._live)
         mode = self.plan.request.pause_mode
         faults = await self._each(self._live, lambda m: m.open(mode, at_once=at_once))
         return await self._judge(faults, first=False)

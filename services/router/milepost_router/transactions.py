@@ -404,7 +404,13 @@ class Transactions:
 
     def _committed(self, transaction: Transaction) -> None:
         plan, run_id = transaction.plan, transaction.plan.request.run_id
-        log.info("run %s: version %d, label %d, is served", run_id, plan.version, plan.request.label)
+        log.info(
+            "run %s: version %d, label %d (%s), is served",
+            run_id,
+            plan.version,
+            plan.request.label,
+            transaction.account,
+        )
         self._fleet.outdate(run_id, plan.version)
         if plan.group is not None:
             records = [m.record for m in transaction.members if not m.failed]

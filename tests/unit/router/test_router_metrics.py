@@ -178,6 +178,8 @@ def test_the_clock_gives_each_phase_its_own_time() -> None:
     clock.end("committed")
     totals = {labels[0]: value.total for labels, value in meter.seconds.read()}
     assert totals == pytest.approx(lasted)
+    assert clock.in_words().startswith("prepare 1000.0 ms, pause 250.0 ms, transfer 20000.0 ms")
+    assert clock.in_words().endswith("publish 125.0 ms")
 
 
 def test_specs_are_distinct() -> None:
