@@ -245,8 +245,8 @@ class EmbeddedRedis:
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-            process.send_signal(signal.SIGCONT)  # a suspended one would not hear it
+            os.kill(process.pid, signal.SIGTERM)
+            os.kill(process.pid, signal.SIGCONT)  # a suspended one would not hear it
         try:
             await asyncio.wait_for(process.wait(), STOP_WAIT_S)
         except TimeoutError:

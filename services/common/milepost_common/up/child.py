@@ -9,6 +9,7 @@ line.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -94,10 +95,14 @@ class Child:
         return await asyncio.shield(self._exit)
 
     def terminate(self) -> None:
-        """Asks it to stop; one that was suspended is woken to hear it."""
+        """Asks it to stop; one that was suspended is woken to hear it.
+
+        By its number: `Popen.send_signal` reaps one that has just ended, and its status is lost to `wait`.
+        """
         if self.is_alive:
-            self._process.send_signal(signal.SIGTERM)
-            self._process.send_signal(signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+                os.kill(self.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """Ends it and its process group at once."""
