@@ -379,6 +379,7 @@ class Publisher:
             return
         if prepared.members:
             self._ahead = (self.term, label, prepared)
+            await self._transfer.open_ahead(prepared)
 
     async def while_made(self, label: int, work: Awaitable[T]) -> T:
         """Await the last work on the weights of `label`, and prepare their transaction meanwhile.
@@ -403,6 +404,7 @@ class Publisher:
         """What was prepared will not be sent."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
+            await self._transfer.close_ahead()
             await self._abort(ahead[2])
 
     async def _prepare(self, label: int, *, version: int, attempt: int) -> t.Prepared:
@@ -425,6 +427,7 @@ class Publisher:
         )
 
     async def _end(self, prepared: t.Prepared, *, done: bool) -> None:
+        await self._transfer.close_ahead()
         await self._transport.close(broken=not done)
         if not done:
             await self._abort(prepared)

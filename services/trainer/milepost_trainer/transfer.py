@@ -4,7 +4,8 @@
     pushed    one header tells of all buckets, which members take as they are sent; one acknowledgement
     buckets   stage ──> header goes out ──> send ──> acks come in ──> unstage, the next one gathered meanwhile
 
-Owns nothing between two transactions.
+Between two transactions it owns nothing but the stream of one that was prepared ahead: that is open before
+the weights are there, so that their header goes out at once.
 """
 
 from __future__ import annotations
@@ -51,8 +52,21 @@ class Transfer:
         self._router, self._transport = router, transport
         self._buckets, self._gather, self._whole = tuple(buckets), gather, whole
         self._timeout_s = timeout_s
+        self._ahead: tuple[str, _Stream] | None = None
         self.manifest = tuple(spec for bucket in self._buckets for spec in _specs(bucket))
         self.size_bytes = sum(bucket.size_bytes for bucket in self._buckets)
+
+    async def open_ahead(self, prepared: t.Prepared) -> None:
+        """Open the stream of a transaction whose weights are still made, where it will be one header."""
+        await self.close_ahead()
+        if self._whole is not None and self._transport.shares(prepared):
+            self._ahead = prepared.transaction_id, _Stream(self._router, timeout_s=self._timeout_s)
+
+    async def close_ahead(self) -> None:
+        """Let go of a stream that nothing was sent over."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            await ahead[1].close()
 
     async def run(self, prepared: t.Prepared) -> tuple[int, t.Committed | None]:
         """Sends everything; returns the number of buckets that the commit must name, and what became of it
@@ -75,9 +89,9 @@ class Transfer:
             whole=True,
             commit=True,
         )
-        async with self._stream() as (headers, acks):
-            headers.put_nowait(header)
-            ack = await _next(acks)
+        async with self._stream(prepared.transaction_id) as stream:
+            stream.put(header)
+            ack = await stream.next()
             self._transport.taken({each.engine_id for each in ack.acks if each.ok})
             _check_ack(ack)
             return ack.committed
@@ -91,9 +105,9 @@ class Transfer:
             size_bytes=self.size_bytes,
             whole=True,
         )
-        async with self._stream() as (headers, acks):
-            headers.put_nowait(header)
-            await _both(self._send_all(), _accepted(acks))
+        async with self._stream() as stream:
+            stream.put(header)
+            await _both(self._send_all(), _accepted(stream))
         self._transport.taken({member.engine_id for member in prepared.members})
 
     async def _send_all(self) -> None:
@@ -114,43 +128,89 @@ class Transfer:
         """Send all buckets, gathering the next one while one is on its way."""
         gathering = self._start_gather(0)
         try:
-            async with self._stream() as (headers, acks):
+            async with self._stream() as stream:
                 for index, bucket in enumerate(self._buckets):
                     flat = await gathering
                     if index + 1 < len(self._buckets):
                         gathering = self._start_gather(index + 1)
                     handles = await self._transport.stage(bucket, flat)
-                    headers.put_nowait(_header(prepared, bucket, handles))
-                    await self._exchange(bucket, flat, acks)
+                    stream.put(_header(prepared, bucket, handles))
+                    await self._exchange(bucket, flat, stream)
                     await self._transport.unstage(bucket)
         finally:
             gathering.cancel()
 
     @asynccontextmanager
-    async def _stream(
-        self,
-    ) -> AsyncGenerator[tuple[asyncio.Queue[t.BucketHeader | None], AsyncIterator[t.BucketAck]]]:
-        """The router's stream: a queue of what goes in, and what comes out."""
-        headers: asyncio.Queue[t.BucketHeader | None] = asyncio.Queue()
-        acks = cast(
-            AsyncGenerator[t.BucketAck],
-            self._router.update_weights(_drain(headers), timeout_s=self._timeout_s),
-        )
+    async def _stream(self, transaction_id: str = "") -> AsyncGenerator[_Stream]:
+        """The router's stream: the one that was opened ahead for a transaction, or a new one."""
+        ahead = self._ahead
+        if ahead is not None and ahead[0] == transaction_id and ahead[1].stands:
+            self._ahead, stream = None, ahead[1]
+        else:
+            await self.close_ahead()
+            stream = _Stream(self._router, timeout_s=self._timeout_s)
         try:
-            yield headers, acks
+            yield stream
         finally:
-            headers.put_nowait(None)  # also where it failed: the call's own task waits for the next header
-            await acks.aclose()
+            await stream.close()
 
-    async def _exchange(self, bucket: Bucket, flat: torch.Tensor, acks: AsyncIterator[t.BucketAck]) -> None:
+    async def _exchange(self, bucket: Bucket, flat: torch.Tensor, stream: _Stream) -> None:
         """Push a bucket's bytes and hear what the members say."""
-        await _both(self._transport.send(bucket, flat, timeout_s=self._timeout_s), _accepted(acks))
+        await _both(self._transport.send(bucket, flat, timeout_s=self._timeout_s), _accepted(stream))
 
     def _start_gather(self, index: int) -> asyncio.Task[torch.Tensor]:
         async def gather() -> torch.Tensor:
             return await self._gather(self._buckets[index])
 
         return asyncio.create_task(gather(), name=f"gather bucket {index}")
+
+
+class _Stream:
+    """Headers into the router, acknowledgements out of it; the call stands from the start.
+
+    Args:
+        router: takes the headers.
+        timeout_s: of all of it.
+    """
+
+    def __init__(self, router: RouterClient, *, timeout_s: float) -> None:
+        self._headers: asyncio.Queue[t.BucketHeader | None] = asyncio.Queue()
+        acks = router.update_weights(_drain(self._headers), timeout_s=timeout_s)
+        self._acks = cast(AsyncGenerator[t.BucketAck], acks)
+        self._first: asyncio.Task[t.BucketAck] | None = asyncio.create_task(self._next(), name="first ack")
+
+    @property
+    def stands(self) -> bool:
+        """Nothing has ended it before its first header."""
+        return self._first is not None and not self._first.done()
+
+    def put(self, header: t.BucketHeader) -> None:
+        """Send a header."""
+        self._headers.put_nowait(header)
+
+    async def next(self) -> t.BucketAck:
+        """The next acknowledgement.
+
+        Raises:
+            Unavailable: the router ended the transfer.
+        """
+        first, self._first = self._first, None
+        return await (self._next() if first is None else first)
+
+    async def _next(self) -> t.BucketAck:
+        try:
+            return await anext(self._acks)
+        except StopAsyncIteration:
+            raise Unavailable("the router ended the transfer early") from None
+
+    async def close(self) -> None:
+        """End the call, however far it came."""
+        self._headers.put_nowait(None)  # also where it failed: the call's own task waits for the next header
+        first, self._first = self._first, None
+        if first is not None:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        await self._acks.aclose()
 
 
 async def _both(sending: Coroutine[Any, Any, None], answering: Coroutine[Any, Any, None]) -> None:
@@ -174,16 +234,9 @@ async def _drain(headers: asyncio.Queue[t.BucketHeader | None]) -> AsyncIterator
         yield header
 
 
-async def _accepted(acks: AsyncIterator[t.BucketAck]) -> None:
+async def _accepted(stream: _Stream) -> None:
     """Hear of one bucket; raises at once where it was not taken, whoever still waits to send it."""
-    _check_ack(await _next(acks))
-
-
-async def _next(acks: AsyncIterator[t.BucketAck]) -> t.BucketAck:
-    try:
-        return await anext(acks)
-    except StopAsyncIteration:
-        raise Unavailable("the router ended the transfer early") from None
+    _check_ack(await stream.next())
 
 
 def _check_ack(ack: t.BucketAck) -> None:
