@@ -225,7 +225,7 @@ async def _publisher(
     async def whole() -> Mapping[str, torch.Tensor]:
         return cast(Mapping[str, torch.Tensor], await crew.call("whole_weights", buckets))
 
-    return Publisher(
+    publisher = Publisher(
         await stack.enter_async_context(RouterClient(settings.router, retry=NO_RETRY)),
         transport=transport,
         buckets=buckets,
@@ -234,3 +234,5 @@ async def _publisher(
         settings=settings.publish,
         run_id=settings.run.run_id,
     )
+    stack.push_async_callback(publisher.forget_ahead)
+    return publisher

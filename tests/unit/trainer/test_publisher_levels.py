@@ -530,3 +530,13 @@ async def test_nothing_is_prepared_ahead_where_engines_have_to_join_a_group(benc
     bench.transport.prepares_ahead = False
     await bench.publisher.prepare_ahead(1)
     assert len(bench.router.requests) == 1
+
+
+async def test_what_was_prepared_and_will_not_be_sent_is_given_up(bench: Bench) -> None:
+    await published_once(bench)
+    await bench.publisher.forget_ahead()
+    assert bench.router.aborted == []
+    await bench.publisher.prepare_ahead(1)
+    await bench.publisher.forget_ahead()
+    await bench.publisher.forget_ahead()
+    assert bench.router.aborted == ["t2"]
