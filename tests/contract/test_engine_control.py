@@ -182,12 +182,11 @@ async def test_memory_release_needs_rest_and_generation_needs_memory(
     state = (await client.get("/server_info"))["internal_states"][0]
     assert state["kv_cache_bytes"] == 0
     assert state["weights_bytes"] == 0
-    for _ in range(2):
+    for tag in ("weights", "kv_cache"):
         reply = await client.http.post("/generate", json={"input_ids": ids("1")})
         assert reply.status_code == 503
         assert "resume_memory_occupation" in reply.text
-        await client.post("/resume_memory_occupation", {"tags": ["weights"]})
-    await client.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
+        await client.post("/resume_memory_occupation", {"tags": [tag]})
     empty = await client.http.post("/generate", json={"input_ids": ids("1")})
     assert empty.status_code == 503
     assert "weights" in empty.text
@@ -205,6 +204,19 @@ async def test_kv_cache_alone_can_be_released(client, ids):
     await client.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
     after = await client.generate(prompt, max_new_tokens=8, temperature=0.0)
     assert after["output_ids"] == before["output_ids"]
+
+
+async def test_memory_is_released_once_and_resumed_once(client):
+    if not client.engine.ours:
+        pytest.skip("SGLang dies of a second release, and of a resume of what was not released")
+    await client.at_rest()
+    for path, why in (("resume", "was not released (kv_cache)"), ("release", ""), ("release", "already")):
+        reply = await client.http.post(f"/{path}_memory_occupation", json={"tags": ["kv_cache"]})
+        assert (reply.status_code, why in reply.text) == (400 if why else 200, True), reply.text
+    reply = await client.http.post("/resume_memory_occupation", json={"tags": ["kv_cache", "weights"]})
+    assert reply.status_code == 400
+    assert "was not released (weights)" in reply.text
+    await client.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
 
 
 async def test_unknown_memory_tag_is_refused(client):

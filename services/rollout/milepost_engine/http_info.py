@@ -71,6 +71,7 @@ async def server_info(request: Request) -> Response:
         "engine": "milepost_engine",
         "tp_size": 1,
         "status": "ready" if engine.scheduler.alive else "dead",
+        "released_memory": sorted(engine.updater.released),
         "uptime_s": time.time() - engine.started_s,
         "internal_states": [_internal_state(engine)],
     }

@@ -14,7 +14,7 @@ thread.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,6 +78,8 @@ class WeightUpdater:
         self._timeout_s = timeout_s
         self._lock = asyncio.Lock()
         self._session_open = False
+        self.released: frozenset[str] = frozenset()
+        """Memory that was given up and not taken back, by tag."""
 
     async def run(self, function: Callable[[], T]) -> T:
         """Runs `function` on the scheduler thread, within the deadline."""
@@ -198,10 +200,16 @@ class WeightUpdater:
         await self.run(apply)
 
     async def release(self, tags: Sequence[str] | None) -> None:
-        """Frees KV cache, weights or both. Generation stops until both are back."""
+        """Frees KV cache, weights or both. Generation stops until both are back.
+
+        Raises:
+            UpdateRefused: Requests run, or some of it is free already.
+        """
         chosen = _tags(tags)
 
         def apply() -> None:
+            if twice := chosen & self.released:
+                raise UpdateRefused(f"memory is released already ({_words(twice)}): release it once")
             if self._scheduler.running:
                 raise UpdateRefused(
                     f"memory cannot be released while {len(self._scheduler.running)} requests run: "
@@ -212,14 +220,22 @@ class WeightUpdater:
             if "weights" in chosen:
                 self._weights.release()
             self._scheduler.holds |= chosen
+            self.released |= chosen
 
         await self.run(apply)
 
     async def resume(self, tags: Sequence[str] | None) -> None:
-        """Takes memory back. Released weights must be updated before anything is generated."""
+        """Takes memory back. Released weights must be updated before anything is generated.
+
+        Raises:
+            UpdateRefused: Some of it was not released.
+        """
         chosen = _tags(tags)
 
         def apply() -> None:
+            if never := chosen - self.released:
+                raise UpdateRefused(f"memory was not released ({_words(never)}): resume what was, once")
+            self.released -= chosen
             if "weights" in chosen:
                 self._weights.resume()
             self._scheduler.holds -= chosen - {"weights"}
@@ -265,6 +281,10 @@ class WeightUpdater:
     ) -> list[TensorSpec]:
         """Reads the parallel lists of an update's header."""
         return buckets.header(names, dtypes, shapes)
+
+
+def _words(tags: Iterable[str]) -> str:
+    return ", ".join(sorted(tags))
 
 
 def _tags(tags: Sequence[str] | None) -> set[str]:

@@ -382,9 +382,11 @@ class Fleet:
         complete = record.loaded is not None and record.version > 0
         self._settle(record, S.SERVING if complete else S.STALE, why)
 
-    def break_off(self, record: EngineRecord, why: str, text: str, *, now: float) -> None:
-        """It got bytes of a version that was never finished: STALE, with the string `text` in it."""
-        record.transaction = ""
+    def break_off(
+        self, record: EngineRecord, why: str, text: str, *, now: float, expected: bool = False
+    ) -> None:
+        """Its weights are nobody's: STALE, with the string `text` in it; `expected` where others are near."""
+        record.transaction, record.expected = "", expected
         self._resumed(record, now)
         self._forget_weights(record)
         record.version_string = text
@@ -462,6 +464,7 @@ class Fleet:
         if state not in _ARROWS[before]:
             raise AssertionError(f"engine {record.engine_id}: no arrow from {before.name} to {state.name}")
         record.state, record.detail = state, why
+        record.expected = record.expected and state is S.STALE
         self._note(record, before, withdrawn=withdrawn)
 
     def _note(self, record: EngineRecord, before: EngineState, *, withdrawn: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Engines that share a GPU with their trainer give up memory while it trains.
 
     SERVING | STALE ── release ──> UPDATING, "memory is released" ── resume, or the lease ends ──> STALE
-                        drained, ended, marked, released          resumed, goes on; needs weights
+                        drained, ended, released                  resumed, goes on; needs weights
 
 The trainer asks, the router drives the engines: no new requests, those in flight may end by themselves for a
 while and are ended then, nothing new gets in (paused), and only an engine that has nothing left to do is told
@@ -10,8 +10,14 @@ to release. What holds when somebody dies in between:
     trainer   the lease ends: its engines resume, STALE, and are given weights by the next trainer
     engine    it comes up again with memory of its own, as an engine that joins; one that does not take its
               memory back is QUARANTINED until it has been started again
-    router    the engine carries `updating/released/<run>/<until>/<tags>`: the next router takes the lease
-              over where it stands (`adopt`)
+    router    the engine carries a mark, `updating/<phase>/<run>/<until>/<tags>`, by which the next router
+              takes the lease over where it stands (`adopt`)
+
+    mark         releasing ── release ──> released ── ... ──> resuming ── resume ──> resumed
+    memory       ?                        given up            ?                      there
+
+SGLang dies of a second release and of a second resume, and cannot be asked which of them was. So one that is
+found in between is started again; an engine of ours refuses what it has done, and is told once more.
 
 An engine is in here as if it were in a weight transaction: `reserve`d and UPDATING in the fleet, so nobody
 routes to it, probes it, or makes it a member of another one. This object owns the leases and their tasks.
@@ -20,6 +26,7 @@ routes to it, probes it, or makes it a member of another one. This object owns t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,14 +34,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from milepost.types import EngineState, MemoryChange
-from milepost_router.engine_api import EngineApi, EngineFault, EngineRefused
+from milepost_router.engine_api import EngineApi, EngineBroken, EngineFault, EngineRefused
 from milepost_router.fleet import Fleet
 from milepost_router.record import EngineRecord
 from milepost_router.version_string import UPDATING
 
 log = logging.getLogger(__name__)
 
-RELEASED = UPDATING + "released/"
+RELEASING, RELEASED, RESUMING = (UPDATING + f"{word}/" for word in ("releasing", "released", "resuming"))
+RESUMED = UPDATING + "resumed/"
 ALL_TAGS = ("kv_cache", "weights", "cuda_graph")
 _LOOK_S = 0.02
 _REST_S = 10.0
@@ -58,18 +66,22 @@ class Lease:
     tags: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{RELEASED}{self.run_id}/{self.until}/{','.join(self.tags)}"
+        return self.mark(RELEASED)
+
+    def mark(self, phase: str) -> str:
+        """The version string of an engine in a phase of it."""
+        return f"{phase}{self.run_id}/{self.until}/{','.join(self.tags)}"
 
     @classmethod
-    def read(cls, text: str) -> Lease | None:
-        """What an engine's version string says of its memory; None: nothing."""
-        if not text.startswith(RELEASED):
-            return None
-        run_id, _, rest = text.removeprefix(RELEASED).partition("/")
-        until, _, tags = rest.partition("/")
-        if not (run_id and until.isdecimal() and tags):
-            return None
-        return cls(run_id, int(until), tuple(tags.split(",")))
+    def read(cls, text: str) -> tuple[str, Lease] | None:
+        """The phase and the lease that a version string tells; None: none."""
+        for phase in (RELEASING, RELEASED, RESUMING):
+            if text.startswith(phase):
+                run_id, _, rest = text.removeprefix(phase).partition("/")
+                until, _, tags = rest.partition("/")
+                if run_id and until.isdecimal() and tags:
+                    return phase, cls(run_id, int(until), tuple(tags.split(",")))
+        return None
 
 
 class Memory:
@@ -125,18 +137,36 @@ class Memory:
     async def _resume_all(self, run_id: str) -> MemoryChange:
         async with self._lock:
             held = [e for e in self._leases if self._leases[e].run_id == run_id]
-            failed = await self._all(held, self._resume)
+            failed = await self._all(held, self._resume_for_weights)
         done = [e.engine_id for e in held if e.engine_id not in failed]
         return MemoryChange(engines=tuple(sorted(done)), failed=failed)
 
     def adopt(self, record: EngineRecord) -> bool:
         """Takes over the lease that an engine carries from an earlier router; False: it carries none."""
-        lease = Lease.read(record.version_string)
-        if lease is None or record.transaction or record.state is not EngineState.STALE:
+        found = Lease.read(record.version_string)
+        if found is None or record.transaction or record.state is not EngineState.STALE:
             return False
+        phase, lease = found
+        if phase != RELEASED and not record.capabilities.engine.startswith("milepost"):
+            why = f"its router died in the middle of {phase.removeprefix(UPDATING)[:-1]} its memory"
+            why = f"{why}: whether it has it nobody knows, so it must be started again"
+            self._fleet.quarantine(record, why, now=_now(), restart=True)
+            return True
         self._enter(record, lease)
         self._marked.add(record)
+        if phase != RELEASED:
+            self._spawn(
+                self._finish(record, self._release_again if phase == RELEASING else self._resume_again)
+            )
         return True
+
+    async def _finish(
+        self, record: EngineRecord, call: Callable[[EngineRecord], Awaitable[None]]
+    ) -> MemoryChange:
+        """Does what the router before may have done or not."""
+        async with self._lock:
+            held = [record] if record in self._leases else []
+            return MemoryChange(failed=await self._all(held, call))
 
     # ------------------------------------------------------------------------------------ one engine
 
@@ -185,9 +215,20 @@ class Memory:
         if not await self._until_idle(record, self._abort_grace_s):
             log.warning("%s: %d requests did not end", record.engine_id, record.in_flight)
         await self._at_rest(api)
+        await api.set_version(lease.mark(RELEASING))
         self._marked.add(record)
-        await api.set_version(str(lease))
         await api.release_memory(lease.tags)
+        await api.set_version(lease.mark(RELEASED))
+
+    async def _release_again(self, record: EngineRecord) -> None:
+        """Has an engine of ours release, if it has not; it says what it has."""
+        lease, api = self._leases[record], self._api(record)
+        with contextlib.suppress(EngineRefused):
+            await api.release_memory(lease.tags)
+        has: Any = (await api.server_info()).get("released_memory")
+        if not set(lease.tags) <= set(has or ()):
+            raise EngineBroken(f"{record.engine_id}: told to release {lease.tags}, it has released {has}")
+        await api.set_version(lease.mark(RELEASED))
 
     async def _until_idle(self, record: EngineRecord, within_s: float) -> bool:
         end = _now() + within_s
@@ -207,7 +248,15 @@ class Memory:
                     raise
             await asyncio.sleep(_LOOK_S)
 
-    async def _resume(self, record: EngineRecord) -> None:
+    async def _resume_again(self, record: EngineRecord) -> None:
+        """Has an engine of ours take its memory back, if it has not."""
+        await self._resume(record, again=True)
+
+    async def _resume_for_weights(self, record: EngineRecord) -> None:
+        """By its trainer, which publishes next: requests wait for that."""
+        await self._resume(record, expected=True)
+
+    async def _resume(self, record: EngineRecord, *, again: bool = False, expected: bool = False) -> None:
         """Takes one engine's memory back and lets it go on, STALE."""
         lease = self._leases.pop(record)
         self._forget_timer(record)
@@ -215,13 +264,19 @@ class Memory:
             self._marked.discard(record)
             return  # another process came up in its place, with memory of its own
         api = self._api(record)
-        await api.resume_memory(lease.tags)
+        await api.set_version(lease.mark(RESUMING))
+        try:
+            await api.resume_memory(lease.tags)
+        except EngineRefused:
+            if not again:
+                raise
         self._marked.discard(record)
-        mark = UPDATING + "resumed/" + lease.run_id
+        mark = RESUMED + lease.run_id
         await api.set_version(mark)
         await api.resume()
         if self._holds(record, lease):
-            self._fleet.break_off(record, "its memory was released: it needs weights", mark, now=_now())
+            why = "its memory was released: it needs weights"
+            self._fleet.break_off(record, why, mark, now=_now(), expected=expected)
 
     def _holds(self, record: EngineRecord, lease: Lease) -> bool:
         return record.transaction == str(lease) and record.state is EngineState.UPDATING
@@ -239,7 +294,7 @@ class Memory:
                 failed[record.engine_id] = str(fault)
                 self._leases.pop(record, None)
                 self._forget_timer(record)
-                if record.transaction.startswith(RELEASED):
+                if record.transaction.startswith(RELEASED):  # as every lease's own name does
                     lacks = record in self._marked  # nobody may write weights into memory that is not there
                     self._fleet.quarantine(record, f"its memory: {fault}", now=_now(), restart=lacks)
                 self._marked.discard(record)
@@ -250,13 +305,16 @@ class Memory:
     async def _own(self, work: Awaitable[MemoryChange]) -> MemoryChange:
         """Does something that must be finished, also when the caller is gone."""
 
+        return await asyncio.shield(self._spawn(work))
+
+    def _spawn(self, work: Awaitable[MemoryChange]) -> asyncio.Task[MemoryChange]:
         async def run() -> MemoryChange:
             return await work
 
         task = asyncio.create_task(run())
         self._asked.add(task)
         task.add_done_callback(self._asked.discard)
-        return await asyncio.shield(task)
+        return task
 
 
 def _now() -> float:

@@ -29,6 +29,7 @@ class EngineRecord:
       eligible_at: not a member of a transaction before this time.
       strikes: failures in a row that quarantined it.
       cleaning: transactions that still tell it that they are over: it is nobody's member meanwhile.
+      expected: STALE, but whoever trains is about to give it weights.
       restart: it hangs in a collective for good: out of everything until it has been started again.
       lives: how often it was started, as far as we know.
       caches_prefixes: it may hold KV of prefixes under older weights, unless told to forget them.
@@ -56,6 +57,7 @@ class EngineRecord:
     eligible_at: float = 0.0
     strikes: int = 0
     cleaning: int = 0
+    expected: bool = False
     restart: bool = False
     lives: int = 0
     caches_prefixes: bool = True

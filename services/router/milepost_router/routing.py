@@ -80,7 +80,8 @@ def may_come(engines: Iterable[EngineRecord], ask: Ask) -> bool:
     """An engine that could fit is on its way: waiting for it is better than an error."""
     for engine in engines:
         of_run = not ask.run_id or engine.run_id in ("", ask.run_id)
-        if of_run and (engine.state in _COMING or (engine.state is EngineState.SERVING and engine.suspect)):
+        coming = engine.state in _COMING or engine.expected
+        if of_run and (coming or (engine.state is EngineState.SERVING and engine.suspect)):
             return True
     return False
 

@@ -50,8 +50,10 @@ async def test_memory_is_given_up_and_taken_back_and_then_weights_are_needed(
     assert (change.engines, change.failed) == ((engines[0].engine_id,), {})
     await helpers.all_are(publisher.router, EngineState.STALE)
     assert (await publisher.router.resume_memory(run_id, term=publisher.term)).engines == ()
-    assert (await asked).status == 503, "its engine needs weights: the caller tries again"
+    assert not asked.done(), "its engine is about to be given weights"
     committed = await publisher.publish(helpers.weights(2), label=1)
+    answer = await asked
+    assert (answer.status, answer.headers["x-milepost-version-start"]) == (200, str(committed.version))
     answer = await helpers.generate(router.http, headers={"x-milepost-run": run_id})
     assert answer.status == 200
     assert answer.headers["x-milepost-version-start"] == str(committed.version)
@@ -76,9 +78,11 @@ async def test_requests_in_flight_end_before_memory_goes(helpers, engines, servi
 
 
 async def test_a_trainer_that_died_keeps_no_memory_for_ever(helpers, engines, serving, run_id):
-    _, publisher = serving
+    router, publisher = serving
     await publisher.router.release_memory(run_id, term=publisher.term, tags=TAGS, lease_s=1)
     await helpers.all_are(publisher.router, EngineState.STALE)
+    refused = await helpers.generate(router.http, headers={"x-milepost-run": run_id})
+    assert refused.status == 503, "nobody knows of weights that come"
     heir = (await publisher.buffer.resume_consumer(run_id)).term
     with pytest.raises(errors.StaleTerm):
         await publisher.router.release_memory(run_id, term=1)
