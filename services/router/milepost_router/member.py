@@ -271,12 +271,14 @@ class Member:
     async def name(self, loaded: LoadedVersion) -> None:
         """Gives its complete weights their name, and forgets prefixes cached under the old ones."""
         self._require_present()
-        await _both(self._api.set_version(str(loaded)), self._forget_prefixes())
+        naming = self._api.set_version(str(loaded))
+        if self.record.caches_prefixes:
+            await _both(naming, self._forget_prefixes())
+        else:  # told to flush, SGLang would hand its allocator's memory back to the driver, which takes time
+            await naming
         self._fleet.loaded_version(self.record, loaded)
 
     async def _forget_prefixes(self) -> None:
-        if not self.record.caches_prefixes:
-            return  # SGLang would also hand its allocator's memory back to the driver, which takes time
         try:
             await self._api.flush_cache()
         except EngineRefused as refusal:  # in_place: running requests keep their cache by choice

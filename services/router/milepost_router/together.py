@@ -46,6 +46,9 @@ async def call_all(
             member.gone = member.gone or (isinstance(fault, EngineBroken) and fault.gone)
             faults[member] = fault
 
+    if len(members) == 1 and not collective:
+        await one(members[0])  # without a task, which would cost as much as some of the calls
+        return faults
     calls = {asyncio.create_task(one(m), name=m.engine_id): m for m in members}
     try:
         late = await _wait(calls, faults, straggler_s) if collective else await _wait_for_all(calls)

@@ -308,17 +308,17 @@ class Transaction:
         self._clock.enter("verify")
         sums = await self._verify()
         self._clock.enter("commit")
+        going_on = asyncio.create_task(self._step(self._go_on), name="go on")  # first: requests wait for it
         publishing = asyncio.create_task(self._tell_ledger(), name=f"publish {self.plan.version}")
         try:
-            await self._step(self._go_on)
+            await going_on
             self._clock.enter("publish")
             published = await publishing
         except MilepostError:
             await self._each(self._unserved, lambda m: m.unname())
             raise
         finally:
-            publishing.cancel()
-            await asyncio.gather(publishing, return_exceptions=True)
+            await _end(going_on, publishing)
         self.phase = Phase.COMMITTED
         self._clock.end("committed")
         self._on_committed(self)
@@ -468,6 +468,12 @@ class Transaction:
         task = asyncio.create_task(run(), name=name)
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _spec(spec: t.TensorSpec | None) -> str:
