@@ -1,6 +1,7 @@
 """Messages full of payloads, made into bytes with one copy of each payload.
 
     PutGroupsRequest      pack_put       written by clients
+    LeaseStepResponse     pack_lease     written by the buffer
     FetchGroupsResponse   pack_chunks    written by the buffer
 
 Protobuf would copy a payload into the message and from there into the message's bytes, and a batch of sixteen
@@ -10,6 +11,7 @@ samples of 36 KiB no longer fits the cache then. Whoever reads finds what protob
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 from milepost import types as t
@@ -30,6 +32,7 @@ class Chunk(NamedTuple):
 
 _HEADER, _PAYLOAD = sample_pb2.Group.HEADER_FIELD_NUMBER, sample_pb2.Group.PAYLOAD_FIELD_NUMBER
 _GROUPS = pb.PutGroupsRequest.GROUPS_FIELD_NUMBER
+_PAYLOADS = pb.LeaseStepResponse.PAYLOADS_FIELD_NUMBER
 _CHUNKS = pb.FetchGroupsResponse.CHUNKS_FIELD_NUMBER
 _DATA = pb.GroupChunk.DATA_FIELD_NUMBER
 
@@ -41,6 +44,14 @@ def pack_put(run_id: str, groups: Iterable[t.Group]) -> bytes:
         header = to_proto(group.header).SerializeToString()
         facts = b"".join((head(_HEADER, len(header)), header, head(_PAYLOAD, len(group.payload))))
         parts += (head(_GROUPS, len(facts) + len(group.payload)), facts, group.payload)
+    return b"".join(parts)
+
+
+def pack_lease(lease: t.StepLease) -> bytes:
+    """The bytes of a `LeaseStepResponse`, which are its canonical ones."""
+    parts: list[bytes] = [to_proto(replace(lease, payloads=())).SerializeToString()]
+    for payload in lease.payloads:
+        parts += (head(_PAYLOADS, len(payload)), payload)
     return b"".join(parts)
 
 

@@ -163,11 +163,26 @@ class BufferClient(ServiceClient):
         term: int,
         step: int,
         max_wait_s: float | None = None,
+        inline_bytes: int = 0,
         consumer_id: str = PUBLISHER,
     ) -> t.StepLease:
-        """Assigns the groups of a step, or says why there are none yet; run finished: OutOfRange."""
+        """Assigns the groups of a step, or says why there are none yet; run finished: OutOfRange.
+
+        Args:
+          run_id: the run.
+          term: of the consumer.
+          step: from 1; asked again, it is the same.
+          max_wait_s: how long to wait for it to fill.
+          inline_bytes: of payloads that may come along, which spares the call of `fetch_groups`.
+          consumer_id: the consumer.
+        """
         request = pb.LeaseStepRequest(
-            run_id=run_id, consumer_id=consumer_id, term=term, step=step, max_wait=duration(max_wait_s)
+            run_id=run_id,
+            consumer_id=consumer_id,
+            term=term,
+            step=step,
+            max_wait=duration(max_wait_s),
+            inline_bytes=inline_bytes,
         )
         reply = await self._call(self._stub.LeaseStep, request, wait_s=max_wait_s)
         return from_proto(t.StepLease, reply)

@@ -172,7 +172,10 @@ class StepPending:
 
 @dataclass(frozen=True, kw_only=True)
 class StepLease:
-    """A step's groups in order; empty with `pending` set when there is none yet."""
+    """A step's groups in order; empty with `pending` set when there is none yet.
+
+    `payloads` are those of the first groups, as many as came along with the lease.
+    """
 
     groups: tuple[StepGroup, ...] = ()
     pending: StepPending | None = None
@@ -180,6 +183,7 @@ class StepLease:
     repeated_lease: bool = False
     max_staleness: int = 0
     published_label: int = 0
+    payloads: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -953,6 +953,7 @@ class LeaseStepRequest(_message.Message):
     TERM_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     MAX_WAIT_FIELD_NUMBER: _builtins.int
+    INLINE_BYTES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     consumer_id: _builtins.str
@@ -961,6 +962,8 @@ class LeaseStepRequest(_message.Message):
     """The consumer's term. Not the newest: FAILED_PRECONDITION, reason STALE_TERM."""
     step: _builtins.int
     """The step, from 1; at most committed + 2."""
+    inline_bytes: _builtins.int
+    """Bytes of payloads that may come along with the groups; the buffer sends at most 8 MiB of them. Unset: none."""
     @_builtins.property
     def max_wait(self) -> _duration_pb2.Duration:
         """How long to wait for it to fill; at most 60 s. Unset: not at all."""
@@ -973,10 +976,11 @@ class LeaseStepRequest(_message.Message):
         term: _builtins.int = ...,
         step: _builtins.int = ...,
         max_wait: _duration_pb2.Duration | None = ...,
+        inline_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_wait", b"max_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumer_id", b"consumer_id", "max_wait", b"max_wait", "run_id", b"run_id", "step", b"step", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumer_id", b"consumer_id", "inline_bytes", b"inline_bytes", "max_wait", b"max_wait", "run_id", b"run_id", "step", b"step", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1090,6 +1094,7 @@ class LeaseStepResponse(_message.Message):
     REPEATED_LEASE_FIELD_NUMBER: _builtins.int
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
     PUBLISHED_LABEL_FIELD_NUMBER: _builtins.int
+    PAYLOADS_FIELD_NUMBER: _builtins.int
     checkpoint_wanted: _builtins.bool
     """Untrimmed payloads pass half of their limit: save a checkpoint soon."""
     repeated_lease: _builtins.bool
@@ -1106,6 +1111,12 @@ class LeaseStepResponse(_message.Message):
     def pending(self) -> Global___StepPending:
         """Set when the step cannot be leased yet."""
 
+    @_builtins.property
+    def payloads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Payloads of the first groups in their order, as many as fit into `inline_bytes`: payloads[i] is of groups[i]. The
+        others come from FetchGroups, as do those of a buffer that does not know of this field.
+        """
+
     def __init__(
         self,
         *,
@@ -1115,10 +1126,11 @@ class LeaseStepResponse(_message.Message):
         repeated_lease: _builtins.bool = ...,
         max_staleness: _builtins.int = ...,
         published_label: _builtins.int = ...,
+        payloads: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pending", b"pending"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_wanted", b"checkpoint_wanted", "groups", b"groups", "max_staleness", b"max_staleness", "pending", b"pending", "published_label", b"published_label", "repeated_lease", b"repeated_lease"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_wanted", b"checkpoint_wanted", "groups", b"groups", "max_staleness", b"max_staleness", "payloads", b"payloads", "pending", b"pending", "published_label", b"published_label", "repeated_lease", b"repeated_lease"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,7 @@ import grpc
 from milepost import errors
 from milepost import types as t
 from milepost.convert import fill, from_proto, to_proto
-from milepost.groups import Chunk, pack_chunks
+from milepost.groups import Chunk, pack_chunks, pack_lease
 from milepost.v1 import buffer_pb2 as pb
 from milepost.v1 import sample_pb2
 from milepost.v1.buffer_pb2_grpc import add_BufferServiceServicer_to_server
@@ -146,15 +146,16 @@ class BufferServicer:
     # ------------------------------------------------------------------ learners
 
     @stamped
-    async def LeaseStep(self, request: pb.LeaseStepRequest) -> pb.LeaseStepResponse:
+    async def LeaseStep(self, request: pb.LeaseStepRequest) -> bytes:
         lease = await self.ledger.steps.lease(
             request.run_id,
             consumer_id=request.consumer_id,
             term=request.term,
             step=request.step,
             max_wait_s=checks.check_wait(seconds(request, "max_wait")),
+            inline_bytes=request.inline_bytes,
         )
-        return to_proto(lease)
+        return pack_lease(lease)
 
     @stamped_stream
     async def FetchGroups(self, request: pb.FetchGroupsRequest) -> AsyncIterator[bytes]:
@@ -254,11 +255,14 @@ class BufferServicer:
 
 
 def add_to_server(servicer: BufferServicer, server: Any) -> None:
-    """As generated code adds it, except that the replies of FetchGroups are bytes already."""
+    """As generated code adds it, except that the replies that hold payloads are bytes already."""
     generated = _Generated()
     add_BufferServiceServicer_to_server(cast(Any, servicer), cast(Any, generated))
     generated.handlers["FetchGroups"] = grpc.unary_stream_rpc_method_handler(
         cast(Any, servicer.FetchGroups), request_deserializer=pb.FetchGroupsRequest.FromString
+    )
+    generated.handlers["LeaseStep"] = grpc.unary_unary_rpc_method_handler(
+        cast(Any, servicer.LeaseStep), request_deserializer=pb.LeaseStepRequest.FromString
     )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(NAME, generated.handlers),))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from milepost import errors
@@ -20,6 +21,7 @@ PUBLISHER = "trainer"
 MAX_FETCH = 4096
 FETCH_BATCH = 64
 FETCH_BATCH_BYTES = 8 * 1024 * 1024
+MAX_INLINE_BYTES = 8 * 1024 * 1024
 
 
 class Steps:
@@ -30,9 +32,16 @@ class Steps:
         self._known = _Sizes()
 
     async def lease(
-        self, run_id: str, *, consumer_id: str, term: int, step: int, max_wait_s: float = 0.0
+        self,
+        run_id: str,
+        *,
+        consumer_id: str,
+        term: int,
+        step: int,
+        max_wait_s: float = 0.0,
+        inline_bytes: int = 0,
     ) -> t.StepLease:
-        """Assigns the groups of a step, all or none.
+        """Assigns the groups of a step, all or none; with up to `inline_bytes` of their payloads.
 
         Raises:
           OutOfRange: nothing will ever come.
@@ -53,7 +62,29 @@ class Steps:
             next_s = next_ms / 1000 if next_ms >= 0 else None
             return Answer(_pending(reply), False, next_s, waits=("trainer", "groups"))
 
-        return await self._bell.wait_for(run_id, "s", ask, max_wait_s=max_wait_s)
+        lease = await self._bell.wait_for(run_id, "s", ask, max_wait_s=max_wait_s)
+        if not inline_bytes or not lease.groups:
+            return lease
+        return replace(lease, payloads=await self._first_payloads(run_id, lease.groups, inline_bytes))
+
+    async def _first_payloads(
+        self, run_id: str, groups: Sequence[t.StepGroup], inline_bytes: int
+    ) -> tuple[bytes, ...]:
+        """What stands before the first payload that does not fit or is not there any more."""
+        left, names = min(inline_bytes, MAX_INLINE_BYTES), list[str]()
+        for group in groups:
+            if (left := left - group.payload_bytes) < 0:
+                break
+            names.append(group.prompt_id)
+        if not names:
+            return ()
+        values = await self._values(run_id, names)
+        there = values.index(None) if None in values else len(values)
+        return tuple(cast(list[bytes], values[:there]))
+
+    async def _values(self, run_id: str, prompt_ids: Sequence[str]) -> list[bytes | None]:
+        prefix = prefix_of(run_id) + "g:"
+        return await self._store.command("MGET", *[prefix + name for name in prompt_ids])
 
     async def commit(
         self,
@@ -126,9 +157,8 @@ class Steps:
           NotFound: one is trimmed, or was never sealed.
         """
         checks.check_count("prompt_ids", len(prompt_ids), most=MAX_FETCH)
-        prefix = prefix_of(run_id) + "g:"
         for names in _batches(prompt_ids, await self._sizes(run_id, prompt_ids)):
-            values: list[bytes | None] = await self._store.command("MGET", *(prefix + name for name in names))
+            values = await self._values(run_id, names)
             for name, payload in zip(names, values, strict=True):
                 if payload is None:
                     raise errors.NotFound(

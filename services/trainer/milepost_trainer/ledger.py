@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from milepost import types as t
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.2, 5.0
+INLINE_BYTES = 8 * 1024 * 1024
 
 
 class Ledger:
@@ -41,12 +43,21 @@ class Ledger:
         client: of the buffer.
         run_id: the run.
         config: what the run is created with.
+        on_payloads: gets each lease with the payloads that come along; None: none shall.
     """
 
-    def __init__(self, client: BufferClient, *, run_id: str, config: t.RunConfig) -> None:
+    def __init__(
+        self,
+        client: BufferClient,
+        *,
+        run_id: str,
+        config: t.RunConfig,
+        on_payloads: Callable[[t.StepLease], None] | None = None,
+    ) -> None:
         self._client = client
         self._run_id = run_id
         self._config = config
+        self._on_payloads = on_payloads
         self._redis = ""
         self._forgetful = False  # Redis forgot something since the last commit
         self.term = 0
@@ -107,12 +118,18 @@ class Ledger:
         while True:
             lease = await self._mutate(
                 lambda: self._client.lease_step(
-                    self._run_id, term=self.term, step=step, max_wait_s=max_wait_s
+                    self._run_id,
+                    term=self.term,
+                    step=step,
+                    max_wait_s=max_wait_s,
+                    inline_bytes=INLINE_BYTES if self._on_payloads else 0,
                 )
             )
             self.checkpoint_wanted = lease.checkpoint_wanted
             if lease.groups:
-                return lease
+                if self._on_payloads:
+                    self._on_payloads(lease)
+                return replace(lease, payloads=())
             if lease.pending is not None:
                 log.debug("step %d: %s", step, lease.pending.reason)
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from milepost import types as t
 from milepost.channel import NO_RETRY, RetryPolicy
 from milepost.client.buffer import BufferClient
 from milepost.client.router import RouterClient
@@ -71,11 +72,12 @@ async def serve(settings: TrainerSettings, stop: asyncio.Event) -> int:
             client = await stack.enter_async_context(
                 BufferClient(settings.buffer, retry=NO_RETRY, timeout_s=settings.ledger_timeout_s)
             )
-            rank = Rank(world, learner, fetch=_Fetcher(client, settings.run.run_id))
+            fetcher = Fetcher(client, settings.run.run_id)
+            rank = Rank(world, learner, fetch=fetcher)
             stack.push_async_callback(rank.close)
             await rank.on_thread(lambda: torch.set_num_threads(settings.threads))
             if world.leads:
-                trained = await _lead(settings, rank, stack, stop)
+                trained = await _lead(settings, rank, fetcher, stack, stop)
             else:
                 await rank.follow()
     except StaleTerm as error:
@@ -106,15 +108,21 @@ def build_learner(settings: TrainerSettings) -> tuple[World, Learner]:
     )
 
 
-class _Fetcher:
-    """Brings payloads, asking again while the buffer is away."""
+class Fetcher:
+    """Brings payloads, asking again while the buffer is away; what came with a lease is here already."""
 
     def __init__(self, client: BufferClient, run_id: str) -> None:
         self._client = client
         self._run_id = run_id
+        self._came: dict[str, bytes] = {}
+
+    def take(self, lease: t.StepLease) -> None:
+        """Keep what came along with the newest lease, in place of what came with the one before."""
+        named = zip(lease.groups, lease.payloads, strict=False)
+        self._came = {group.prompt_id: payload for group, payload in named}
 
     async def __call__(self, prompt_ids: Sequence[str]) -> dict[str, bytes]:
-        got: dict[str, bytes] = {}
+        got = {name: self._came.pop(name) for name in prompt_ids if name in self._came}
         while missing := [prompt_id for prompt_id in prompt_ids if prompt_id not in got]:
             try:
                 async for prompt_id, payload in self._client.fetch_groups(self._run_id, prompt_ids=missing):
@@ -126,7 +134,9 @@ class _Fetcher:
         return got
 
 
-async def _lead(settings: TrainerSettings, rank: Rank, stack: AsyncExitStack, stop: asyncio.Event) -> bool:
+async def _lead(
+    settings: TrainerSettings, rank: Rank, fetcher: Fetcher, stack: AsyncExitStack, stop: asyncio.Event
+) -> bool:
     """Rank 0: lead the others through the run; returns what `StepLoop.run` does."""
     run_id, world = settings.run.run_id, rank.world
     crew = Crew(rank)
@@ -134,7 +144,12 @@ async def _lead(settings: TrainerSettings, rank: Rank, stack: AsyncExitStack, st
     buffer = await stack.enter_async_context(
         BufferClient(settings.buffer, retry=_BRIEF, timeout_s=settings.ledger_timeout_s)
     )
-    ledger = Ledger(buffer, run_id=run_id, config=to_run_config(settings.run))
+    ledger = Ledger(
+        buffer,
+        run_id=run_id,
+        config=to_run_config(settings.run),
+        on_payloads=fetcher.take if world.size == 1 else None,  # of several ranks each has its own to fetch
+    )
     store = CheckpointStore(Path(settings.checkpoint.dir), run_id=run_id, keep=settings.checkpoint.keep)
     publisher = await _publisher(settings, crew, rank.learner.backend, stack)
     recorder = stack.enter_context(

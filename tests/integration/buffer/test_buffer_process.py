@@ -104,6 +104,19 @@ async def test_a_new_trace_context_is_not_new_content(driver) -> None:
     assert lease.prompt.traceparent == "00-aa-01"
 
 
+async def test_payloads_come_along_with_a_lease_up_to_what_fits_a_message(driver) -> None:
+    await driver.start()
+    driver.tokens = 240_000  # 2 samples of 9 bytes a token: 4.3 MB, of which 8 MiB hold one
+    await driver.put(2)
+    await driver.seal(await driver.lease(2))
+    lease = await driver.buffer.lease_step(
+        "run", term=driver.term, step=1, max_wait_s=10, inline_bytes=1 << 40
+    )
+    fetched = [p async for _, p in driver.buffer.fetch_groups("run", prompt_ids=["p0", "p1"])]
+    assert [g.prompt_id for g in lease.groups] == ["p0", "p1"]
+    assert list(lease.payloads) == fetched[:1]
+
+
 async def test_payloads_of_several_mib_are_streamed_in_pieces(driver) -> None:
     await driver.start()
     driver.tokens = 150_000  # 2 samples of 9 bytes a token: 2.7 MB

@@ -19,7 +19,7 @@ from loop_clock import skip
 from milepost import errors
 from milepost import types as t
 from milepost.convert import to_proto
-from milepost.groups import Chunk, pack_chunks, pack_put
+from milepost.groups import Chunk, pack_chunks, pack_lease, pack_put
 from milepost.v1 import buffer_pb2 as pb
 from milepost_buffer.connection import RedisLink
 from milepost_buffer.embedded import EmbeddedRedis
@@ -65,6 +65,17 @@ def test_packed_chunks_are_what_protobuf_reads() -> None:
     ]
     assert list(pb.FetchGroupsResponse.FromString(pack_chunks(chunks)).chunks) == expected
     assert pack_chunks([]) == b""
+
+
+@pytest.mark.parametrize("sizes", [(), (1,), (127, 0, 128, 40_000)], ids=str)
+def test_a_packed_lease_is_what_protobuf_would_have_written(sizes: tuple[int, ...]) -> None:
+    lease = t.StepLease(
+        groups=tuple(t.StepGroup(prompt_id=f"p{i}", position=i, rewards=(1.0,)) for i in range(5)),
+        checkpoint_wanted=True,
+        published_label=7,
+        payloads=tuple(os.urandom(size) for size in sizes),
+    )
+    assert pack_lease(lease) == to_proto(lease).SerializeToString()
 
 
 # ------------------------------------------------------------------ the wire

@@ -298,6 +298,44 @@ async def test_a_trainer_restates_the_commits_that_redis_forgot(bench, make_prom
     await bench.audit()
 
 
+async def lease_inline(bench, step: int, *, inline_bytes: int) -> t.StepLease:
+    return await bench.ledger.steps.lease(
+        bench.run_id, consumer_id="trainer", term=bench.term, step=step, inline_bytes=inline_bytes
+    )
+
+
+async def test_as_many_payloads_as_fit_come_along_with_a_lease_and_with_its_repetition(bench) -> None:
+    await bench.put(2)
+    await bench.seal(await bench.lease(2), size=100)
+    first = await lease_inline(bench, 1, inline_bytes=200)
+    stored = [p async for p in bench.ledger.steps.payloads(bench.run_id, prompt_ids=["p000", "p001"])]
+    assert [(g.prompt_id, p) for g, p in zip(first.groups, first.payloads, strict=True)] == stored
+    await bench.open_term()
+    again = await lease_inline(bench, 1, inline_bytes=199)
+    assert again.repeated_lease
+    assert (again.groups, again.payloads) == (first.groups, first.payloads[:1])
+    assert (await lease_inline(bench, 1, inline_bytes=99)).payloads == ()
+    assert (await bench.lease_step(1)).payloads == ()
+
+
+async def test_a_payload_that_is_gone_ends_those_that_come_along(bench) -> None:
+    ids = await bench.train_step(1)
+    await bench.ledger.store.command("DEL", f"{prefix_of(bench.run_id)}g:{ids[1]}")
+    lease = await lease_inline(bench, 1, inline_bytes=1 << 20)
+    assert [g.prompt_id for g in lease.groups] == ids
+    assert len(lease.payloads) == 1
+
+
+async def test_a_fenced_consumer_gets_no_payloads(bench) -> None:
+    await bench.train_step(1)
+    older = bench.term
+    await bench.open_term()
+    with pytest.raises(errors.StaleTerm):
+        await bench.ledger.steps.lease(
+            bench.run_id, consumer_id="trainer", term=older, step=1, inline_bytes=1 << 20
+        )
+
+
 async def test_a_forgotten_commit_of_a_known_step_is_restated_with_its_payloads(bench) -> None:
     await bench.put(4)
     await bench.seal(await bench.lease(4))

@@ -85,7 +85,9 @@ class FakeBuffer:
                     self.committed.setdefault(entry.step, entry.prompt_ids)
         return t.ResumePoint(term=self.term)
 
-    async def lease_step(self, run_id: str, *, term: int, step: int, max_wait_s: float) -> t.StepLease:
+    async def lease_step(
+        self, run_id: str, *, term: int, step: int, max_wait_s: float, inline_bytes: int
+    ) -> t.StepLease:
         self._enter("lease_step")
         self._check_term(term)
         self.leased.add(step)
