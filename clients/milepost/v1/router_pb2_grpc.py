@@ -158,7 +158,8 @@ class RouterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CommitWeights(self, request, context):
-        """Verifies, sets version strings, publishes in the ledger, lets the engines go on. Idempotent.
+        """Verifies; then sets version strings and lets the engines go on, and publishes in the ledger beside that. Answers when
+        both are done. Refused by the ledger: who went on is STALE, and its requests are taken from it. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

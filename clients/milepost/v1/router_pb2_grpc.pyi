@@ -50,7 +50,9 @@ class RouterServiceStub:
     UpdateWeights: _grpc.StreamStreamMultiCallable[_router_pb2.UpdateWeightsRequest, _router_pb2.UpdateWeightsResponse]
     """Drives the transfer: bucket headers in, acknowledgements of every member out."""
     CommitWeights: _grpc.UnaryUnaryMultiCallable[_router_pb2.CommitWeightsRequest, _router_pb2.CommitWeightsResponse]
-    """Verifies, sets version strings, publishes in the ledger, lets the engines go on. Idempotent."""
+    """Verifies; then sets version strings and lets the engines go on, and publishes in the ledger beside that. Answers when
+    both are done. Refused by the ledger: who went on is STALE, and its requests are taken from it. Idempotent.
+    """
     AbortWeights: _grpc.UnaryUnaryMultiCallable[_router_pb2.AbortWeightsRequest, _router_pb2.AbortWeightsResponse]
     """Ends a transaction without publishing; members that got a byte become STALE. Idempotent."""
     ReleaseMemory: _grpc.UnaryUnaryMultiCallable[_router_pb2.ReleaseMemoryRequest, _router_pb2.ReleaseMemoryResponse]
@@ -80,7 +82,9 @@ class RouterServiceAsyncStub(RouterServiceStub):
     UpdateWeights: _aio.StreamStreamMultiCallable[_router_pb2.UpdateWeightsRequest, _router_pb2.UpdateWeightsResponse]  # type: ignore[assignment]
     """Drives the transfer: bucket headers in, acknowledgements of every member out."""
     CommitWeights: _aio.UnaryUnaryMultiCallable[_router_pb2.CommitWeightsRequest, _router_pb2.CommitWeightsResponse]  # type: ignore[assignment]
-    """Verifies, sets version strings, publishes in the ledger, lets the engines go on. Idempotent."""
+    """Verifies; then sets version strings and lets the engines go on, and publishes in the ledger beside that. Answers when
+    both are done. Refused by the ledger: who went on is STALE, and its requests are taken from it. Idempotent.
+    """
     AbortWeights: _aio.UnaryUnaryMultiCallable[_router_pb2.AbortWeightsRequest, _router_pb2.AbortWeightsResponse]  # type: ignore[assignment]
     """Ends a transaction without publishing; members that got a byte become STALE. Idempotent."""
     ReleaseMemory: _aio.UnaryUnaryMultiCallable[_router_pb2.ReleaseMemoryRequest, _router_pb2.ReleaseMemoryResponse]  # type: ignore[assignment]
@@ -161,7 +165,9 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _router_pb2.CommitWeightsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.CommitWeightsResponse, _abc.Awaitable[_router_pb2.CommitWeightsResponse]]:
-        """Verifies, sets version strings, publishes in the ledger, lets the engines go on. Idempotent."""
+        """Verifies; then sets version strings and lets the engines go on, and publishes in the ledger beside that. Answers when
+        both are done. Refused by the ledger: who went on is STALE, and its requests are taken from it. Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def AbortWeights(

@@ -488,7 +488,9 @@ class Sample(_message.Message):
     prompt_length: _builtins.int
     """Number of leading tokens that are the prompt."""
     version_spans_exact: _builtins.bool
-    """False when the engine reported no spans and the bounds come from the router's record, oldest version first."""
+    """False when the engine reported no spans: all tokens count as the oldest version's that may have written them, but the
+    last one as the newest's.
+    """
     reward: _builtins.float
     """Total reward. NaN when there is none."""
     outcome: Global___Outcome.ValueType
