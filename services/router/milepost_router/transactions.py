@@ -412,8 +412,8 @@ class Transactions:
             transaction.account,
         )
         self._fleet.outdate(run_id, plan.version)
-        if plan.group is not None:
-            records = [m.record for m in transaction.members if not m.failed]
+        records = [m.record for m in transaction.members if not m.failed]
+        if plan.group is not None and records:
             if len(records) == len(transaction.members):
                 self._groups.keep(run_id, plan.group)
             self._grouping.committed(run_id, records, fleet=self._fleet.of_run(run_id))
