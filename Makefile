@@ -48,9 +48,10 @@ compose-test: setup
 
 # On a GPU machine: GPU_PYTHON names the Python that has torch with CUDA and SGLang.
 GPU_PYTHON ?= python3
+GPU_TESTS  ?= tests/gpu tests/gpu_trainer
 .PHONY: gpu-test
 gpu-test:
-	$(GPU_PYTHON) -m pytest tests/gpu tests/gpu_trainer -W default $(PYTEST_ARGS)
+	$(GPU_PYTHON) -m pytest $(GPU_TESTS) -W default $(PYTEST_ARGS)
 
 # Publication beside a flat copy; the table is also written to runs/bench/gpu.json.
 .PHONY: gpu-bench
