@@ -12,7 +12,9 @@ A folder stands for all of these in it. A line without its end, left by a crash,
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from milepost.types import DroppedGroup, DropReason, StepManifest, Witness
 
 
 def read_witnesses(paths: Sequence[str | Path], *, run_id: str) -> list[Witness]:
-    """Reads files and folders.
+    """Reads files and folders; what a trainer takes out of a folder meanwhile is passed over.
 
     Args:
       paths: files, or folders to search.
@@ -32,23 +34,41 @@ def read_witnesses(paths: Sequence[str | Path], *, run_id: str) -> list[Witness]
       OSError: a file cannot be read.
       InvalidArgument: a file is no witness, or of another run.
     """
-    return [_read(file, run_id) for path in paths for file in _files(Path(path))]
+    found: list[Witness] = []
+    for path in map(Path, paths):
+        found += _search(path, run_id) if path.is_dir() else [_read(path, run_id)]
+    return found
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    found = [
-        *path.glob("**/step_*/meta.json"),
-        *path.glob("**/steps.jsonl"),
-        *path.glob("**/acknowledged*.jsonl"),
-    ]
-    own = path / "meta.json"
-    found += [own] if own.is_file() and own not in found else []
-    found = [f for f in found if ".partial." not in str(f)]
+def _search(folder: Path, run_id: str) -> list[Witness]:
+    found: list[Witness] = []
+    for file in _files(folder):
+        with suppress(FileNotFoundError):
+            found.append(_read(file, run_id))
     if not found:
-        raise InvalidArgument(f"--witness {path}: no checkpoint, steps.jsonl or acknowledged*.jsonl in it")
+        raise InvalidArgument(f"--witness {folder}: no checkpoint, steps.jsonl or acknowledged*.jsonl in it")
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those that may be witnesses; what stands in a hidden folder is being written, or is on its way out."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=_unless_gone):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        here = Path(place)
+        found += [here / name for name in names if _is_witness(here, name, top=here == folder)]
     return sorted(found)
+
+
+def _is_witness(folder: Path, name: str, *, top: bool) -> bool:
+    if name == "meta.json":
+        return top or folder.name.startswith("step_")
+    return name == "steps.jsonl" or (name.startswith("acknowledged") and name.endswith(".jsonl"))
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _read(path: Path, run_id: str) -> Witness:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,3 +106,42 @@ def test_large_witnesses_travel_in_parts_and_lose_nothing() -> None:
     assert sorted(i for p in parts for w in p for i in w.accepted_prompt_ids) == sorted(ids)
     assert sorted(s.step for p in parts for w in p for s in w.steps) == list(range(1, 101))
     assert parts_of([]) == [[]]
+
+
+def test_what_goes_while_a_folder_is_searched_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer renames its export, and removes its oldest checkpoint, under the audit's eyes."""
+    write(tmp_path / "trainer" / "steps.jsonl", step(1, "a"))
+    (tmp_path / "trainer" / "export").mkdir()
+    removed = tmp_path / "trainer" / "step_00000001.term_5"
+    removed.mkdir()
+    (removed / "meta.json").symlink_to("gone")
+    scandir = os.scandir
+
+    def renamed_before(folder: str | Path) -> Any:
+        if Path(folder).name == "export":
+            Path(folder).rmdir()
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", renamed_before)
+    (found,) = read_witnesses([tmp_path], run_id="r")
+    assert found.name == "steps.jsonl"
+    assert not (tmp_path / "trainer" / "export").exists()
+
+
+def test_folders_that_are_being_written_are_no_witnesses(tmp_path: Path) -> None:
+    write(tmp_path / "steps.jsonl", step(1, "a"))
+    write(tmp_path / ".partial.step_00000002.term_5" / "meta.json", {"half": "of it"})
+    assert [w.name for w in read_witnesses([tmp_path], run_id="r")] == ["steps.jsonl"]
+
+
+def test_a_folder_that_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "steps.jsonl", step(1, "a"))
+
+    def refused(folder: str | Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError):
+        read_witnesses([tmp_path], run_id="r")
