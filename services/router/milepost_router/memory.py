@@ -16,6 +16,9 @@ to release. What holds when somebody dies in between:
     mark         releasing ── release ──> released ── ... ──> resuming ── resume ──> resumed
     memory       ?                        given up            ?                      there
 
+The next router may be asked before it has looked at an engine, or before that has registered again. So it
+keeps what the trainer asked for last, and brings an engine that it finds later to that.
+
 SGLang dies of a second release and of a second resume, and cannot be asked which of them was. So one that is
 found in between is started again; an engine of ours refuses what it has done, and is told once more.
 
@@ -97,6 +100,7 @@ class Memory:
         self._fleet, self._api, self._abort_grace_s = fleet, api, abort_grace_s
         self._leases: dict[EngineRecord, Lease] = {}
         self._marked: set[EngineRecord] = set()  # may have released
+        self._lent: dict[str, bool] = {}  # by run: what its trainer asked for last, released or resumed
         self._lock = asyncio.Lock()
         self._timers: dict[EngineRecord, asyncio.Task[None]] = {}
         self._asked: set[asyncio.Task[MemoryChange]] = set()
@@ -118,6 +122,7 @@ class Memory:
 
     async def _release_all(self, lease: Lease, drain_s: float) -> MemoryChange:
         async with self._lock:
+            self._lent[lease.run_id] = True
             held = [e for e in self._leases if self._leases[e].run_id == lease.run_id]
             for record in held:
                 self._keep(record, lease.until)
@@ -136,6 +141,7 @@ class Memory:
 
     async def _resume_all(self, run_id: str) -> MemoryChange:
         async with self._lock:
+            self._lent[run_id] = False
             held = [e for e in self._leases if self._leases[e].run_id == run_id]
             failed = await self._all(held, self._resume_for_weights)
         done = [e.engine_id for e in held if e.engine_id not in failed]
@@ -152,18 +158,23 @@ class Memory:
             why = f"{why}: whether it has it nobody knows, so it must be started again"
             self._fleet.quarantine(record, why, now=_now(), restart=True)
             return True
+        if phase == RESUMING:
+            self._lent.setdefault(lease.run_id, False)
         self._enter(record, lease)
         self._marked.add(record)
-        if phase != RELEASED:
-            self._spawn(
-                self._finish(record, self._release_again if phase == RELEASING else self._resume_again)
-            )
+        if phase != RELEASED or not self._lent.get(lease.run_id, True):
+            self._spawn(self._finish(record, again=phase != RELEASED))
         return True
 
-    async def _finish(
-        self, record: EngineRecord, call: Callable[[EngineRecord], Awaitable[None]]
-    ) -> MemoryChange:
-        """Does what the router before may have done or not."""
+    async def _finish(self, record: EngineRecord, *, again: bool) -> MemoryChange:
+        """Has it do what its trainer wants by now; `again`: the router before may have had it do so."""
+
+        async def call(record: EngineRecord) -> None:
+            if not self._lent.get(self._leases[record].run_id, True):
+                await self._resume(record, again=again, expected=True)
+            elif again:
+                await self._release_again(record)
+
         async with self._lock:
             held = [record] if record in self._leases else []
             return MemoryChange(failed=await self._all(held, call))
@@ -248,16 +259,12 @@ class Memory:
                     raise
             await asyncio.sleep(_LOOK_S)
 
-    async def _resume_again(self, record: EngineRecord) -> None:
-        """Has an engine of ours take its memory back, if it has not."""
-        await self._resume(record, again=True)
-
     async def _resume_for_weights(self, record: EngineRecord) -> None:
         """By its trainer, which publishes next: requests wait for that."""
         await self._resume(record, expected=True)
 
     async def _resume(self, record: EngineRecord, *, again: bool = False, expected: bool = False) -> None:
-        """Takes one engine's memory back and lets it go on, STALE."""
+        """Takes one engine's memory back and lets it go on, STALE; `again`: it may have it already."""
         lease = self._leases.pop(record)
         self._forget_timer(record)
         if not self._holds(record, lease):

@@ -123,12 +123,38 @@ async def test_a_router_dies_while_an_engine_releases(
         done=lambda: helpers.until("its memory is gone", gone),
     )
     heir = await publisher_of(start_router_process("http://" + line.address, buffer=buffer))
-    await helpers.until("the lease stands, and its memory is gone", gone)
+
+    async def adopted() -> bool:
+        (found,) = (await helpers.states(heir.router)).values()
+        return found.detail == "its memory is released" and await gone()
+
+    await helpers.until("the lease stands, and its memory is gone", adopted)
     change = await heir.router.resume_memory(run_id, term=heir.term)
     assert (change.engines, change.failed) == ((line.address,), {})
     committed = await heir.publish(helpers.weights(2), label=1)
     assert committed.serving == (line.address,)
     assert (await helpers.generate(engine.url)).status == 200
+
+
+async def test_a_router_is_asked_for_memory_back_before_it_has_looked(
+    helpers, served, buffer, start_router_process, publisher_of, run_id
+):
+    """The lease would end in an hour."""
+    engine, line, router, publisher = served
+    await publisher.router.release_memory(run_id, term=publisher.term, tags=TAGS, lease_s=3600)
+    router.kill()
+    line.stops_at = b"/server_info"
+    heir = await publisher_of(start_router_process("http://" + line.address, buffer=buffer))
+    async with asyncio.timeout(60):
+        await line.stopped.wait()
+    change = await heir.router.resume_memory(run_id, term=heir.term)
+    assert (change.engines, change.failed) == ((), {})
+    assert await helpers.released(engine.url) == sorted(TAGS)
+    line.cut()
+    await helpers.all_are(heir.router, EngineState.STALE)
+    assert await helpers.released(engine.url) == []
+    committed = await heir.publish(helpers.weights(2), label=1)
+    assert committed.serving == (line.address,)
 
 
 @WHEN
