@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from milepost_common.process import follow_parent
+
 STATUS_FILE = "MILEPOST_TRAINER_STATUS_FILE"
 
 
@@ -75,5 +77,6 @@ def launch(argv: Sequence[str], *, nproc: int) -> int:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, pass_on)
+        follow_parent()
         code = child.wait()
         return int(status.read_text()) if status.exists() else code or 1
