@@ -2,6 +2,7 @@
 
     over NCCL      ranks 0, 1 on GPUs 0, 1  --broadcast by rank 0-->  SGLang over GPUs 2, 3
     by cuda_ipc    ranks 0, 1 on GPUs 0, 1  --buckets of rank 0---->  SGLang on GPU 0, beside rank 0
+                                                                      or over GPUs 0, 1, beside both
 
 After every publication the engine generates, and the trainer's own forward pass, over all of its ranks, says
 what those tokens are worth: a shard in another one's place would be off by nats.
@@ -36,6 +37,8 @@ def case(name: str, *, gpus: int, **more: Any) -> Any:
         case("nccl-2-to-1", gpus=3, transport="nccl", trainer="0,1", engine="2"),
         case("nccl-2-to-2", gpus=4, transport="nccl", trainer="0,1", engine="2,3"),
         case("cuda_ipc-2-to-1", gpus=2, transport="cuda_ipc", trainer="0,1", engine="0"),
+        case("cuda_ipc-1-to-2", gpus=2, transport="cuda_ipc", trainer="0", engine="0,1"),
+        case("cuda_ipc-2-to-2", gpus=2, transport="cuda_ipc", trainer="0,1", engine="0,1"),
     ],
 )
 async def test_every_rank_of_an_engine_gets_the_weights_of_every_rank_of_the_trainer(

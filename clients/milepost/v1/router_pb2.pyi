@@ -81,7 +81,7 @@ class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.V
     TRANSPORT_NCCL: _Transport.ValueType  # 4
     """torch.distributed broadcast between GPUs."""
     TRANSPORT_CUDA_IPC: _Transport.ValueType  # 5
-    """CUDA memory handles on one GPU."""
+    """CUDA memory handles, on a GPU that trainer and engine both see."""
 
 class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
     """How bytes of weights travel."""
@@ -97,7 +97,7 @@ TRANSPORT_DISK: Transport.ValueType  # 3
 TRANSPORT_NCCL: Transport.ValueType  # 4
 """torch.distributed broadcast between GPUs."""
 TRANSPORT_CUDA_IPC: Transport.ValueType  # 5
-"""CUDA memory handles on one GPU."""
+"""CUDA memory handles, on a GPU that trainer and engine both see."""
 Global___Transport: _TypeAlias = Transport  # noqa: Y015
 
 class _PauseMode:

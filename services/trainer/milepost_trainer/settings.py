@@ -112,8 +112,8 @@ class PublishSettings(Table):
     """Publication of weights: `[trainer.publish]`."""
 
     transport: Literal["gloo", "nccl", "shm", "cuda_ipc", "disk"] = "gloo"
-    """How the bytes travel: gloo between CPUs, nccl between GPUs, shm on one host, cuda_ipc on one GPU, disk
-    by a folder."""
+    """How the bytes travel: gloo between CPUs, nccl between GPUs, shm on one host, cuda_ipc where engines
+    see the GPU of rank 0, disk by a folder."""
     bucket_bytes: int = Field(default=256 * 1024 * 1024, gt=0)
     """Most bytes of one bucket; a larger tensor travels alone."""
     wire_dtype: Literal["", "float32", "bfloat16", "float16"] = ""

@@ -156,9 +156,13 @@ async def test_cuda_ipc_says_what_to_do_about_weights_that_are_on_no_gpu() -> No
 
 @pytest.mark.parametrize(
     "uuids, says",
-    [(("GPU-b",), "engine e runs on GPU-b, the trainer's rank 0 on GPU-a"), ((), "GPUs that nobody named")],
+    [
+        (("GPU-b", "GPU-c"), "engine e runs on GPU-b, GPU-c, the trainer's rank 0 on GPU-a"),
+        ((), "GPUs that nobody named"),
+    ],
 )
-def test_cuda_ipc_wants_trainer_and_engine_on_one_gpu(uuids: tuple[str, ...], says: str) -> None:
+def test_cuda_ipc_wants_the_gpu_of_rank_0_among_the_engines(uuids: tuple[str, ...], says: str) -> None:
     with pytest.raises(FailedPrecondition, match=says):
         cuda_ipc._require_here(WeightMember(engine_id="e", gpu_uuids=uuids), "GPU-a")
-    cuda_ipc._require_here(WeightMember(engine_id="e", gpu_uuids=("GPU-a",)), "GPU-a")
+    for seen in (("GPU-a",), ("GPU-a", "GPU-b"), ("GPU-b", "GPU-a")):
+        cuda_ipc._require_here(WeightMember(engine_id="e", gpu_uuids=seen), "GPU-a")

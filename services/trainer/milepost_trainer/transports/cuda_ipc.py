@@ -1,4 +1,4 @@
-"""Weights between processes that share a GPU: engines open the trainer's memory by CUDA IPC handles.
+"""Weights between processes that see one GPU: engines open the trainer's memory by CUDA IPC handles.
 
     members with our hook    share: one order for all weights, where they lie; nothing is gathered, and from
                              the second time on nothing but a signal travels (see ``orders``)
@@ -6,8 +6,9 @@
                              base64(pickle({"flattened_tensor": <handle>, "metadata": [one a tensor]}))
 
 Pickles name nothing but torch and builtins, so the trainer needs no SGLang; they go through the router
-unread, to the engine's rank on the very GPU of rank 0, which both name by UUID. One handle a rank: each
-counts its own readers. Every bucket stays where it is until the transaction is over: an engine's answer says
+unread, to the engine's ranks, which know rank 0's GPU by its UUID. An engine over several GPUs of this host
+must have that one among them: its ranks on the others see it too, and read what they need of it from there
+(over NVLink, as peers). One handle a rank: each counts its own readers. Every bucket stays where it is until the transaction is over: an engine's answer says
 that its copies are enqueued, and only the commit waits for them. The hook answers once its copies are done.
 """
 
@@ -104,7 +105,7 @@ class CudaIpcTransport(WeightTransport):
         )
 
     def _here(self, device: torch.device) -> str:
-        """The GPU of the weights, which must be that of every member."""
+        """The GPU of the weights, which every member must see."""
         if device.type != "cuda":
             raise FailedPrecondition(
                 f"trainer.publish.transport = 'cuda_ipc', but the weights are on {device}; set "
@@ -132,11 +133,11 @@ def gpu_uuid(device: torch.device) -> str:
 
 
 def _require_here(member: WeightMember, here: str) -> None:
-    if any(uuid != here for uuid in member.gpu_uuids) or not member.gpu_uuids:
+    if here not in member.gpu_uuids:
         on = ", ".join(member.gpu_uuids) or "GPUs that nobody named"
         raise FailedPrecondition(
-            f"engine {member.engine_id} runs on {on}, the trainer's rank 0 on {here}; cuda_ipc needs one GPU "
-            "for both: start them on the same one, or choose another transport"
+            f"engine {member.engine_id} runs on {on}, the trainer's rank 0 on {here}; cuda_ipc needs that "
+            "one among the engine's: start it there, or choose another transport"
         )
 
 
