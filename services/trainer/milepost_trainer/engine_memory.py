@@ -3,7 +3,8 @@
     async with memory.lent(term):     released ... the step trains ... resumed; engines need weights then
 
 The router drives the engines and keeps the lease, so that a trainer that dies here takes nothing along. A
-fleet that does not lend holds no step up: it is trained with the memory there is.
+fleet that does not lend holds no step up: it is trained with the memory there is. A router that cannot be
+told to give it back is told again (`owed`): until then, or until the lease ends, nothing is generated.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ class EngineMemory:
         router: control of the fleet.
         settings: what is lent, and for how long.
         run_id: whose engines.
+
+    Attributes:
+        owed: the router has not heard yet that engines get their memory back.
     """
 
     def __init__(self, router: RouterClient, settings: PublishSettings, *, run_id: str) -> None:
         self._router, self._settings, self._run_id = router, settings, run_id
+        self.owed = False
 
     @asynccontextmanager
     async def lent(self, term: int) -> AsyncGenerator[None]:
@@ -78,8 +83,10 @@ class EngineMemory:
         except StaleTerm:
             raise
         except MilepostError as error:
-            log.warning("engines get their memory back when its lease ends: %s", error)
+            self.owed = True
+            log.warning("engines do not get their memory back yet: %s", error)
         else:
+            self.owed = False
             _tell(change, "does not take its memory back")
 
 

@@ -178,7 +178,9 @@ class Publisher:
 
     @property
     def lacking(self) -> bool:
-        """Engines should be given weights, be it time to try or not."""
+        """Engines should be given weights, or their memory, be it time to try or not."""
+        if self._memory.owed:
+            return True
         return not self._silent and any(self._lags(engine) for engine in self._engines)
 
     @property
@@ -275,7 +277,7 @@ class Publisher:
 
     async def _catch_up(self) -> t.Committed | None:
         """One transaction, if it is wanted; None where it was not, or came to nothing."""
-        if not self.wanted:
+        if not self.wanted or not await self._settled():
             return None
         again = not self._is_due and self.label == self.published.label and self._own
         version = self.published.version if again else 0
@@ -307,6 +309,17 @@ class Publisher:
         for engine, why in committed.quarantined.items():
             log.warning("engine %s is quarantined: %s", engine, why)
         return committed
+
+    async def _settled(self) -> bool:
+        """Give engines the memory that they are owed; says whether weights are wanted then."""
+        if not self._memory.owed:
+            return True
+        await self.give_back()
+        if self._memory.owed:
+            self._back_off("engines lend their memory still")
+            return False
+        await self._look()
+        return self.wanted
 
     def _left_out(self, committed: t.Committed) -> bool:
         """Engines lacked weights and were no members: the router gives them a transaction apart, or none."""

@@ -110,6 +110,20 @@ class FakeRouter:
         await self._at("answer to the commit")
         return t.Committed(version=version, serving=self.members, published=True)
 
+    async def release_memory(self, run_id: str, **_: Any) -> t.MemoryChange:
+        for name in self.engines:
+            self.set_engine(name, t.EngineState.UPDATING)
+        return t.MemoryChange(engines=tuple(self.engines))
+
+    async def resume_memory(self, run_id: str, *, term: int) -> t.MemoryChange:
+        await self._at("resume")
+        for name in self.engines:
+            self.set_engine(name, t.EngineState.STALE)
+        return t.MemoryChange(engines=tuple(self.engines))
+
+    async def list_engines(self, run_id: str) -> t.Fleet:
+        return t.Fleet(engines=tuple(self.engines.values()), fleet_epoch=len(self.engines))
+
     async def abort_weights(self, transaction_id: str, **_: Any) -> tuple[str, ...]:
         self.aborted.append(transaction_id)
         return ()
@@ -187,8 +201,10 @@ class Bench:
 
 
 @pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    made = Bench()
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
+    """A publisher that watches; the parameter, if any: what memory engines lend."""
+    lent: tuple[str, ...] = getattr(request, "param", ())
+    made = Bench(PublishSettings(timeout_s=60, retry_delay_s=60, release_memory=lent))
     made.publisher.start(term=9, label=0, published=Published())
     watching = asyncio.create_task(made.publisher.watch())
     yield made
@@ -540,3 +556,25 @@ async def test_what_was_prepared_and_will_not_be_sent_is_given_up(bench: Bench) 
     await bench.publisher.forget_ahead()
     await bench.publisher.forget_ahead()
     assert bench.router.aborted == ["t2"]
+
+
+@pytest.mark.parametrize("bench", [("weights",)], indirect=True)
+async def test_memory_is_asked_back_until_the_router_has_heard_and_then_weights_follow(bench: Bench) -> None:
+    bench.router.set_engine("e", t.EngineState.STALE)
+    bench.router.fail_at = "resume"
+    async with bench.publisher.borrowing():
+        pass
+    await bench.heard()
+    assert bench.router.engines["e"].state is t.EngineState.UPDATING
+    bench.publisher.moved_to(1, due=True)
+    assert bench.publisher.wanted
+    assert not await bench.publisher.catch_up()
+    assert bench.router.requests == [], "an engine without its memory takes no weights"
+    assert bench.publisher.lacking
+    assert 0 < bench.publisher.retry_in_s <= 60, "it is asked again, and not at once"
+    bench.router.fail_at = ""
+    bench.publisher.moved_to(1, due=True)
+    assert await bench.publisher.catch_up()
+    await bench.heard()
+    assert bench.router.engines["e"].weight_label == 1
+    assert not bench.publisher.lacking

@@ -8,8 +8,9 @@
 Pickles name nothing but torch and builtins, so the trainer needs no SGLang; they go through the router
 unread, to the engine's ranks, which know rank 0's GPU by its UUID. An engine over several GPUs of this host
 must have that one among them: its ranks on the others see it too, and read what they need of it from there
-(over NVLink, as peers). One handle a rank: each counts its own readers. Every bucket stays where it is until the transaction is over: an engine's answer says
-that its copies are enqueued, and only the commit waits for them. The hook answers once its copies are done.
+(over NVLink, as peers). One handle a rank: each counts its own readers. Every bucket stays where it is until
+the transaction is over: an engine's answer says that its copies are enqueued, and only the commit waits for
+them. The hook answers once its copies are done.
 """
 
 from __future__ import annotations
