@@ -29,29 +29,34 @@ def case(name: str, *, gpus: int, **more: Any) -> Any:
     return pytest.param(more, id=name, marks=pytest.mark.gpu(gpus))
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that all of them begin with."""
+    return warm_start(tmp_path_factory.mktemp("warm"), prompts=STEPS * GROUPS)
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "case",
     [
+        case("nccl-2-to-2", gpus=4, transport="nccl", trainer="0,1", engine="2,3"),
+        case("cuda_ipc-2-to-2", gpus=2, transport="cuda_ipc", trainer="0,1", engine="0,1"),
         case("nccl-1-to-2", gpus=3, transport="nccl", trainer="0", engine="1,2"),
         case("nccl-2-to-1", gpus=3, transport="nccl", trainer="0,1", engine="2"),
-        case("nccl-2-to-2", gpus=4, transport="nccl", trainer="0,1", engine="2,3"),
         case("cuda_ipc-2-to-1", gpus=2, transport="cuda_ipc", trainer="0,1", engine="0"),
         case("cuda_ipc-1-to-2", gpus=2, transport="cuda_ipc", trainer="0", engine="0,1"),
-        case("cuda_ipc-2-to-2", gpus=2, transport="cuda_ipc", trainer="0,1", engine="0,1"),
     ],
 )
 async def test_every_rank_of_an_engine_gets_the_weights_of_every_rank_of_the_trainer(
-    case: dict[str, str], tmp_path: Path, out: Path, request: pytest.FixtureRequest
+    case: dict[str, str], warm: Path, tmp_path: Path, out: Path, request: pytest.FixtureRequest
 ) -> None:
-    warm = warm_start(tmp_path, prompts=STEPS * GROUPS)
     options = json.loads(os.environ.get("MILEPOST_SGLANG", "{}"))
     ranks, shards = (len(case[who].split(",")) for who in ("trainer", "engine"))
     stack = Stack.launch(
         tmp_path / "loop",
         warm,
         "--feed",
-        str(tmp_path / "data" / "train.jsonl"),
+        str(warm.parent / "data" / "train.jsonl"),
         "--stay",
         run={"groups_per_step": GROUPS, "samples_per_prompt": 8, "max_staleness": 2, "lease_ttl_s": 60.0},
         up={"engines": 1, "engine_gpus": [case["engine"]], "trainer_gpus": case["trainer"]},
