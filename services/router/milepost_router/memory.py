@@ -104,14 +104,18 @@ class Memory:
         self._lock = asyncio.Lock()
         self._timers: dict[EngineRecord, asyncio.Task[None]] = {}
         self._asked: set[asyncio.Task[MemoryChange]] = set()
+        self._closing = False
 
     async def close(self) -> None:
-        """Gives every engine its memory back."""
-        await self._all(list(self._leases), self._resume)
+        """Gives every engine its memory back, once what is under way has come to its end."""
+        self._closing = True
+        if self._asked:
+            await asyncio.wait(self._asked, timeout=_REST_S)
         tasks: list[asyncio.Task[Any]] = [*self._timers.values(), *self._asked]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._all(list(self._leases), self._resume)
 
     async def release(
         self, run_id: str, *, tags: Sequence[str], drain_s: float, lease_s: float
@@ -243,7 +247,7 @@ class Memory:
 
     async def _until_idle(self, record: EngineRecord, within_s: float) -> bool:
         end = _now() + within_s
-        while record.in_flight and _now() < end:  # noqa: ASYNC110  (requests leave without a word to us)
+        while record.in_flight and _now() < end and not self._closing:  # noqa: ASYNC110  (requests leave without a word to us)
             await asyncio.sleep(_LOOK_S)
         return not record.in_flight
 
@@ -271,12 +275,13 @@ class Memory:
             self._marked.discard(record)
             return  # another process came up in its place, with memory of its own
         api = self._api(record)
-        await api.set_version(lease.mark(RESUMING))
-        try:
-            await api.resume_memory(lease.tags)
-        except EngineRefused:
-            if not again:
-                raise
+        if record in self._marked:
+            await api.set_version(lease.mark(RESUMING))
+            try:
+                await api.resume_memory(lease.tags)
+            except EngineRefused:
+                if not again:
+                    raise
         self._marked.discard(record)
         mark = RESUMED + lease.run_id
         await api.set_version(mark)

@@ -35,6 +35,7 @@ class Line(Relay):
       stops_at: path of the call; empty: none.
       heard: the engine gets to hear it, and only its answer is lost.
       stopped: it has.
+      asked: calls for memory, as they came by.
     """
 
     def __init__(self, target: str, *, renamed: bool = False) -> None:
@@ -42,6 +43,7 @@ class Line(Relay):
         self._renamed = renamed
         self.stops_at, self.heard = b"", False
         self.stopped = asyncio.Event()
+        self.asked: list[bytes] = []
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -52,6 +54,8 @@ class Line(Relay):
     async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, answers: bool) -> None:
         with suppress(OSError):
             while data := await source.read(CHUNK_BYTES):
+                if not answers:
+                    self.asked += [path for path in (RELEASE, RESUME) if path in data]
                 if not answers and self.stops_at and self.stops_at in data:
                     self.muted, self.stops_at = True, b""
                     self.stopped.set()
@@ -155,6 +159,37 @@ async def test_a_router_is_asked_for_memory_back_before_it_has_looked(
     assert await helpers.released(engine.url) == []
     committed = await heir.publish(helpers.weights(2), label=1)
     assert committed.serving == (line.address,)
+
+
+async def test_a_router_stops_while_it_waits_for_requests_to_end(helpers, served, run_id):
+    """No engine is asked for memory back that it has not given up: SGLang would die of it."""
+    engine, line, router, publisher = served
+    generating = asyncio.create_task(helpers.generate(router.http, tokens=60_000))
+
+    async def state() -> Any:
+        (found,) = (await helpers.states(publisher.router)).values()
+        return found.state if found.in_flight else None
+
+    async def generates() -> bool:
+        return await state() is EngineState.SERVING
+
+    async def drains() -> bool:
+        return await state() is EngineState.UPDATING
+
+    await helpers.until("the engine generates", generates)
+    releasing = asyncio.create_task(
+        publisher.router.release_memory(
+            run_id, term=publisher.term, tags=("kv_cache",), drain_s=600, lease_s=3600
+        )
+    )
+    await helpers.until("its request has the time to end", drains)
+    assert await asyncio.to_thread(router.stop) == 0
+    releasing.cancel()
+    generating.cancel()
+    await asyncio.gather(releasing, generating, return_exceptions=True)
+    assert line.asked in ([], [RELEASE, RESUME])
+    assert await helpers.released(engine.url) == []
+    assert (await helpers.generate(engine.url)).status == 200
 
 
 @WHEN
