@@ -5,6 +5,9 @@
 torchrun sets RANK and the like; a process that finds them is a rank and launches nothing. No torch here. When
 a stop was asked for, torchrun reports its own death by signal whatever the ranks did, so rank 0 leaves its
 status in a file that only these two know.
+
+Nobody outlives its owner: torchrun is told to stop when the launcher is gone, however that went, and the
+ranks are killed when torchrun is.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from milepost_common.process import follow_parent
+from milepost_common.process import die_with_parent, follow_parent
 
 STATUS_FILE = "MILEPOST_TRAINER_STATUS_FILE"
 
@@ -69,7 +73,9 @@ def launch(argv: Sequence[str], *, nproc: int) -> int:
         torchrun = ["-m", "torch.distributed.run", *here]
         # Without the "--" torchrun takes flags of ours that look like its own.
         command = [sys.executable, *torchrun, "-m", "--", "milepost_trainer", *argv]
-        child = subprocess.Popen(command, env=environment)
+        child = subprocess.Popen(
+            command, env=environment, preexec_fn=partial(die_with_parent, parent=os.getpid())
+        )
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             del frame

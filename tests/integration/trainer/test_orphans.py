@@ -1,4 +1,4 @@
-"""Who is told to die with its parent does: the launcher of several ranks, and all that it started."""
+"""Ranks end with whoever started them: their launcher, and its parent where it is told to die with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from stack import until
 
@@ -28,7 +30,13 @@ def of(config: Path) -> set[int]:
     return found
 
 
-async def test_ranks_do_not_outlive_the_parent_of_their_launcher(tmp_path: Path, tiny_model: Path) -> None:
+def only_child(pid: int) -> int:
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+@pytest.mark.parametrize("victim", ["parent", "launcher"])
+async def test_ranks_do_not_outlive_who_started_them(tmp_path: Path, tiny_model: Path, victim: str) -> None:
     """They wait for a buffer that is not there, as they may for ever."""
     config, log = tmp_path / "milepost.toml", tmp_path / "log"
     config.write_text(TRAINER.format(model=tiny_model))
@@ -50,7 +58,7 @@ async def test_ranks_do_not_outlive_the_parent_of_their_launcher(tmp_path: Path,
 
         await until("ranks wait for the buffer", ranks_wait, within_s=180)
         assert len(of(config)) >= 4, "the parent, the launcher, torchrun and a rank"
-        parent.kill()
+        os.kill(parent.pid if victim == "parent" else only_child(parent.pid), signal.SIGKILL)
         parent.wait(30)
 
         async def nobody() -> bool:
