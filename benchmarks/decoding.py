@@ -1,19 +1,27 @@
 """How long requests get no token while weights are published, for `benchmarks.gpu`.
 
-Streams run through the router; each event of each is timed here. A decode step is the time between two events
-of one stream before the publication; the gap is the longest time around it in which no stream got any.
+Streams run through the router, from a process of their own, so that nobody waits there for the trainer's
+Python; it times each event of each. A decode step is the time between two events of one stream before the
+publication; the gap is the longest time around it in which no stream got any.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import itertools
+import json
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import httpx
+import uvloop
+
+from benchmarks.children import child, python
 
 STREAMS = 4
 TOKENS = 3500
@@ -30,31 +38,39 @@ class Gap:
     gap_s: float
 
 
-async def gap_around(http: str, run_id: str, publish: Callable[[], Awaitable[None]]) -> Gap:
+async def gap_around(http: str, run_id: str, publish: Callable[[], Awaitable[None]], *, folder: Path) -> Gap:
     """Runs streams, publishes in the middle of them, and looks at when tokens came."""
-    arrivals: list[list[float]] = [[] for _ in range(STREAMS)]
-    async with httpx.AsyncClient(timeout=60.0) as client:
-        streams = [
-            asyncio.create_task(_stream(client, http, run_id, index, arrivals[index]))
-            for index in range(STREAMS)
-        ]
-        try:
-            async with asyncio.timeout(START_S):
-                while not all(len(each) > 20 for each in arrivals):  # noqa: ASYNC110  (it is their arrival)
-                    await asyncio.sleep(0.01)
-            await asyncio.sleep(SETTLE_S)
-            begun = time.perf_counter()
-            await publish()
-            ended = time.perf_counter()
-            await asyncio.sleep(SETTLE_S)
-        finally:
-            for stream in streams:
-                stream.cancel()
-            outcomes = await asyncio.gather(*streams, return_exceptions=True)
-    for outcome in outcomes:
-        if isinstance(outcome, Exception):
-            raise outcome
+    out = folder / "arrivals.json"
+    command = python("benchmarks.decoding", "--http", http, "--run", run_id, "--out", out)
+    async with child("streams", *command, folder=folder) as streams:
+        await streams.ready("streaming", within_s=START_S)
+        begun = time.perf_counter()
+        await publish()
+        ended = time.perf_counter()
+        await asyncio.sleep(SETTLE_S)
+    arrivals = json.loads(await asyncio.to_thread(out.read_text))
+    await asyncio.to_thread(out.unlink)
     return _judge(arrivals, begun, ended)
+
+
+async def _streams(http: str, run_id: str) -> list[list[float]]:
+    """When the events of each stream came, on the machine's monotonic clock; until SIGTERM."""
+    arrivals: list[list[float]] = [[] for _ in range(STREAMS)]
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    async with httpx.AsyncClient(timeout=60.0) as client, asyncio.TaskGroup() as group:
+        streams = [
+            group.create_task(_stream(client, http, run_id, i, each)) for i, each in enumerate(arrivals)
+        ]
+        async with asyncio.timeout(START_S):
+            while not all(len(each) > 20 for each in arrivals):  # noqa: ASYNC110  (it is their arrival)
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(SETTLE_S)
+        print("streaming", flush=True)
+        await stopped.wait()
+        for stream in streams:
+            stream.cancel()
+    return arrivals
 
 
 async def _stream(
@@ -83,3 +99,17 @@ def _judge(arrivals: list[list[float]], begun: float, ended: float) -> Gap:
         raise RuntimeError("streams ended before or in the publication: give them more tokens")
     gaps = (later - earlier for earlier, later in itertools.pairwise(around))
     return Gap(step_s=median(steps), gap_s=max(gaps))
+
+
+def main() -> None:
+    """The process that has the streams."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding")
+    parser.add_argument("--http", required=True, help="the router")
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--out", type=Path, required=True, help="where it writes when events came")
+    arguments = parser.parse_args()
+    arguments.out.write_text(json.dumps(uvloop.run(_streams(arguments.http, arguments.run))))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,9 +6,9 @@
 
 For each shape: publications with our hook in the engine and by SGLang's own flattened_bucket, in turns with
 flat copies, until the engine serves, and until the trainer has the answer that the ledger holds it as well;
-the checksum, timed apart; the longest time without a decoded token around a publication, by pause mode. The
-same weights must hash alike after both. A table goes to standard output, everything to `--out`. `--sglang`
-takes SGLang options as JSON.
+the checksum, timed apart; the longest time without a decoded token around a publication, by pause mode; what
+the router's log says of each publication. The same weights must hash alike after both. A table goes to
+standard output, everything to `--out`. `--sglang` takes SGLang options as JSON.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ async def measure(shape: str, trainer: Trainer, runs: int) -> dict[str, Any]:
         found |= await _checksums(trainer)
     for pause in PAUSES:
         found[f"gap_{pause}"] = [asdict(gap) for gap in await _gaps(trainer, pause)]
+    log = await asyncio.to_thread((trainer.fleet.folder / "router.log").read_text)
+    found["publications"] = [line for line in log.splitlines() if "is served" in line]
     return found
 
 
@@ -112,12 +114,15 @@ async def _checksums(trainer: Trainer) -> dict[str, Any]:
 
 async def _gaps(trainer: Trainer, pause: str) -> list[Gap]:
     gaps: list[Gap] = []
+    fleet = trainer.fleet
     async with trainer.publisher(shared=True, pause_mode=pause) as (publisher, rounds):
-        await trainer.publish(publisher, rounds)
+
+        async def publish() -> None:
+            await trainer.publish(publisher, rounds)
+
+        await publish()
         for _ in range(GAPS):
-            gaps.append(
-                await gap_around(trainer.fleet.http, RUN_ID, lambda: trainer.publish(publisher, rounds))
-            )
+            gaps.append(await gap_around(fleet.http, RUN_ID, publish, folder=fleet.folder))
     return gaps
 
 

@@ -73,8 +73,9 @@ SHAPES: Mapping[str, dict[str, Any]] = {
 
 @dataclass
 class Fleet:
-    """What runs, and where."""
+    """What runs, and where; its logs lie in `folder`."""
 
+    folder: Path
     buffer: str
     grpc: str
     http: str
@@ -297,7 +298,7 @@ async def running(
                 async with BufferClient(address) as client:
                     await client.create_run(RUN_ID)
                     term = (await client.resume_consumer(RUN_ID)).term
-                yield Fleet(address, grpc, http, url, term)
+                yield Fleet(folder, address, grpc, http, url, term)
 
 
 def _engine(

@@ -62,11 +62,12 @@ async def test_every_rank_of_an_engine_gets_the_weights_of_every_rank_of_the_tra
         up={"engines": 1, "engine_gpus": [case["engine"]], "trainer_gpus": case["trainer"]},
         engine={"backend": "sglang", "shutdown_timeout_s": 20.0},
         engine__sglang=SGLANG
-        | {"tp_size": shards}
+        | {"tp_size": shards, "disable_custom_all_reduce": True}
         | {k: v for k, v in options.items() if k == "attention_backend"},
         trainer={"nproc": ranks, "num_steps": STEPS},
         trainer__optimizer={"lr": 1e-4, "betas": [0.9, 0.95]},
         trainer__debug={"check_logprobs": True, "logprob_tolerance": TOLERANCE},
+        trainer__profile={"first_step": 4, "dir": str(tmp_path / "profile")},
         trainer__publish={"transport": case["transport"], "wire_dtype": "bfloat16", "timeout_s": 30.0},
     )
     name = request.node.callspec.id
@@ -88,6 +89,8 @@ async def test_every_rank_of_an_engine_gets_the_weights_of_every_rank_of_the_tra
         "train_rollout_logprob_abs_diff": [r["train/train_rollout_logprob_abs_diff"] for r in rows.values()],
         "update_s": [r["perf/update_weights_time"] for r in rows.values()],
     }
+    profiles = {path.name: path.stat().st_size for path in (tmp_path / "profile").iterdir()}
+    told["profiles"] = profiles
     (out / f"ranks-{name}.json").write_text(json.dumps(told))
     print(json.dumps(told))
     assert audit.problems == ()
@@ -95,6 +98,8 @@ async def test_every_rank_of_an_engine_gets_the_weights_of_every_rank_of_the_tra
     found = [worst for worst in judged.values() if worst is not None]
     assert len(found) >= STEPS - 2, f"steps whose weights were published at once: {judged}"
     assert max(found) < TOLERANCE, judged
+    assert len(profiles) == 2 * ranks, profiles  # of each rank a trace and the record of its allocations
+    assert all(profiles.values())
 
 
 async def recorded(stack: Stack, step: int) -> bool:
