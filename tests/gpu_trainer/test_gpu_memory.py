@@ -12,7 +12,7 @@ import torch
 
 from rank_jobs import do_jobs, save_shape
 
-SCALE, ROOM_MIB = 64, 256
+SCALE, ROOM_MIB = 64, 512
 PLAIN: dict[str, Any] = {"max_tokens_per_micro_batch": 1_000_000, "compile": "never"}
 KEPT = PLAIN | {"fsdp": {"reshard_after_forward": False, "reduce_every_micro_batch": False}}
 GAUGES = Path("gpu-memory.json")

@@ -9,7 +9,8 @@ recorded: fused projections, tensor-parallel shards and padding come out right b
 them. If all it did was to copy out of the trainer's tensors, the recording is a plan. It is proven once (what
 it writes is spoilt, then written by the plan, and must hash as before) and from then on an order is a signal:
 the handles stay open and a few copies are all there is to do. A model whose loader does more than copy is
-loaded by it each time.
+loaded by it each time. What is open must be the trainer's memory and no copy of it: each order has another
+stamp, which is read there first.
 
 `load` never raises, for SGLang would die of it. Whether it did its work, the engine says itself: the model is
 given a reader of the name `milepost.report` (its bytes as numbers, since SGLang passes floats alone), for the
@@ -38,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 log = logging.getLogger(__name__)
 
 REPORT, CHECKSUM = "milepost.report", "milepost.checksum"
+STAMP = "stamp"
 LARGE_BYTES = 16 << 20
 """From here on a copy is the driver's own; smaller ones go together in one kernel."""
 LANES = 4
@@ -75,12 +77,14 @@ class Order:
       transaction: whose report it gets.
       layout: name of the layout.
       places: of every tensor; empty: as when this layout was last sent.
+      stamp: what lies in the segment of that name; 0: nothing is known of it.
       pushed: how its tensors come, where they are broadcast (see `weight_receiver`); empty: they lie there.
     """
 
     transaction: str
     layout: str
     places: tuple[Place, ...] = ()
+    stamp: int = 0
     pushed: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
@@ -88,7 +92,7 @@ class Order:
         """Reads what the trainer wrote."""
         said = json.loads(text)
         places = tuple(Place(name, tuple(shape), *rest) for name, shape, *rest in said.get("places", ()))
-        return cls(said["transaction"], said["layout"], places, said.get("pushed", {}))
+        return cls(said["transaction"], said["layout"], places, said.get("stamp", 0), said.get("pushed", {}))
 
 
 @dataclass
@@ -98,12 +102,14 @@ class Plan:
     Attributes:
       layout: its name.
       sources: the trainer's tensors by name, and the dtypes in which the loader is to see them.
+      stamp: where the trainer writes the stamp of its order; None: it does not.
       large, small: what is copied where, singly and in groups of one pair of dtypes.
       refused: why the model's own loader is used instead; empty: it is not.
     """
 
     layout: str
     sources: dict[str, tuple[torch.Tensor, torch.dtype]]
+    stamp: torch.Tensor | None = None
     large: Copies = field(default_factory=Copies)
     small: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = field(
         default_factory=list[tuple[list[torch.Tensor], list[torch.Tensor]]]
@@ -170,14 +176,27 @@ def _do(model: nn.Module, state: _State, order: Order, segments: Mapping[str, to
         return weight_receiver.receive(model, order.layout, order.pushed)
     if order.places:
         state.plan = None  # lets go of what an earlier trainer shared, before more is mapped
+        stamp = segments.get(STAMP)
+        _require_live(stamp, order)
         sources = {place.name: source(place, segments) for place in order.places}
         state.plan = make_plan(model, order.layout, sources)
+        state.plan.stamp = stamp
         return False
     if state.plan is None or state.plan.layout != order.layout:
         held = state.plan.layout if state.plan else "none"
         raise LookupError(f"layout {order.layout} is not known here ({held} is); send its tensors again")
+    _require_live(state.plan.stamp, order)
     state.plan.run(model)
     return not state.plan.refused
+
+
+def _require_live(stamp: torch.Tensor | None, order: Order) -> None:
+    """What is open is the trainer's memory: its last order is written there."""
+    if stamp is not None and order.stamp and (found := int(stamp.item())) != order.stamp:
+        raise LookupError(
+            f"the trainer's memory is not what is read here: order {order.stamp} is not in it but {found}, "
+            "as in a copy of it; publish by nccl, or report this with the version of SGLang"
+        )
 
 
 def source(place: Place, segments: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.dtype]:

@@ -59,6 +59,7 @@ class Trainer:
     def __init__(self, *, dtype: torch.dtype = torch.float32, wire: str = "float32") -> None:
         total = sum(torch.Size(s).numel() for s in SHAPES.values())
         self.segment = torch.zeros(total, dtype=dtype)
+        self.stamp = torch.zeros(1, dtype=torch.int64)
         self.places: list[list[Any]] = []
         self.held: dict[str, torch.Tensor] = {}
         at = 0
@@ -76,10 +77,12 @@ class Trainer:
 
     def order(self, transaction: str, *, whole: bool, layout: str = "a") -> list[tuple[str, Any]]:
         """What `load` is called with."""
-        said: dict[str, Any] = {"transaction": transaction, "layout": layout}
+        self.stamp += 1
+        said: dict[str, Any] = {"transaction": transaction, "layout": layout, "stamp": int(self.stamp)}
         if not whole:
             return [(json.dumps(said), torch.empty(0))]
-        return [(json.dumps({**said, "places": self.places}), torch.empty(0)), ("0", self.segment)]
+        text = json.dumps({**said, "places": self.places})
+        return [(text, torch.empty(0)), ("0", self.segment), (weight_hook.STAMP, self.stamp)]
 
 
 def report(model: Any) -> dict[str, Any]:
@@ -112,6 +115,23 @@ def test_a_signal_does_what_the_models_own_loader_did(rank: int, ranks: int):
         said = report(model)
         assert (said["transaction"], said["ok"], said["planned"]) == (f"t{seed}", True, True)
     assert model.names == [], "its own loader was not asked again"
+
+
+def test_a_copy_of_the_trainers_memory_is_not_taken_for_it():
+    """As SGLang makes one of a tensor that is opened as another device's."""
+    trainer, model = Trainer(), Shard()
+    trainer.train(1)
+    text, *segments = trainer.order("t1", whole=True)
+    weight_hook.load(model, [text, *((name, x.clone()) for name, x in segments)])
+    assert report(model)["ok"], "it is right this once"
+    trainer.train(2)
+    weight_hook.load(model, trainer.order("t2", whole=False))
+    said = report(model)
+    assert (said["transaction"], said["ok"]) == ("t2", False)
+    assert "order 2 is not in it but 1" in said["message"]
+    weight_hook.load(model, trainer.order("t3", whole=True))
+    assert report(model)["ok"]
+    assert same(model, expected(trainer))
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "float32"])

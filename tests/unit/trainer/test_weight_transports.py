@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import threading
 from datetime import timedelta
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed import distributed_c10d as c10d
+from torch.multiprocessing import reductions
 
 from milepost.errors import FailedPrecondition, Unavailable
 from milepost.types import Prepared, WeightMember
@@ -166,3 +168,19 @@ def test_cuda_ipc_wants_the_gpu_of_rank_0_among_the_engines(uuids: tuple[str, ..
         cuda_ipc._require_here(WeightMember(engine_id="e", gpu_uuids=uuids), "GPU-a")
     for seen in (("GPU-a",), ("GPU-a", "GPU-b"), ("GPU-b", "GPU-a")):
         cuda_ipc._require_here(WeightMember(engine_id="e", gpu_uuids=seen), "GPU-a")
+
+
+@pytest.mark.parametrize("reader, waits", [("GPU-a", True), ("GPU-b", False)])
+def test_a_handle_is_opened_as_a_tensor_of_its_readers_gpu(
+    reader: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang copies what it opens on another GPU, and hands that copy on."""
+    names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    shared = dict.fromkeys(names) | {"storage_device": 3, "event_sync_required": True, "storage_handle": b"h"}
+    monkeypatch.setattr(
+        reductions, "reduce_tensor", lambda _: (reductions.rebuild_cuda_tensor, tuple(shared.values()))
+    )
+    opens, arguments = cuda_ipc._SharedTensor(FLAT, reader, here="GPU-a").__reduce__()
+    assert opens is reductions.rebuild_cuda_tensor
+    expected = shared | {"storage_device": reader.removeprefix("GPU-"), "event_sync_required": waits}
+    assert dict(zip(names, arguments, strict=True)) == expected

@@ -6,11 +6,15 @@
                              base64(pickle({"flattened_tensor": <handle>, "metadata": [one a tensor]}))
 
 Pickles name nothing but torch and builtins, so the trainer needs no SGLang; they go through the router
-unread, to the engine's ranks, which know rank 0's GPU by its UUID. An engine over several GPUs of this host
-must have that one among them: its ranks on the others see it too, and read what they need of it from there
-(over NVLink, as peers). One handle a rank: each counts its own readers. Every bucket stays where it is until
-the transaction is over: an engine's answer says that its copies are enqueued, and only the commit waits for
-them. The hook answers once its copies are done.
+unread, to the engine's ranks. An engine over several GPUs of this host must have rank 0's among them: its
+ranks on the others see it too, and read what they need of it from there (over NVLink, as peers). A handle
+names the GPU of its reader, by its UUID: opened for the GPU that holds the memory, it would be a tensor of
+another device, of which SGLang makes a copy before anybody sees it. Plans would read that copy for ever.
+
+One handle a rank: each counts its own readers. Every bucket stays where it is until the transaction is over:
+an engine's answer says that its copies are enqueued, and only the commit waits for them. The hook answers
+once its copies are done. With each order goes a stamp, a number that also lies in the trainer's memory: the
+hook reads it there, so that nobody takes a copy for that memory unnoticed.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from milepost.errors import FailedPrecondition
 from milepost.types import HandlesOfEngine, Prepared, TensorSpec, Transport, WeightMember
 from milepost_trainer.buckets import DTYPES, Bucket
 from milepost_trainer.transports.base import WeightTransport
-from milepost_trainer.transports.orders import Layout, encode
+from milepost_trainer.transports.orders import STAMP, Layout, encode
 
 
 class CudaIpcTransport(WeightTransport):
@@ -44,6 +48,8 @@ class CudaIpcTransport(WeightTransport):
         self._kept: list[torch.Tensor] = []
         self._owner = uuid.uuid4().hex
         self._layout: Layout | None = None
+        self._stamp = torch.zeros(1, dtype=torch.int64)
+        self._num_orders = 0
         self._know: set[tuple[str, str]] = set()  # engines, by instance, that have the layout open
 
     async def open(self, prepared: Prepared, *, timeout_s: float) -> None:
@@ -63,22 +69,28 @@ class CudaIpcTransport(WeightTransport):
         Raises:
             FailedPrecondition: the weights are not on a GPU, or a member is not on theirs.
         """
-        here = self._here(weights[manifest[0].name].device)
+        device = weights[manifest[0].name].device
+        here = self._here(device)
         layout = Layout.of(self._owner, manifest, weights, self._layout)
         if layout is not self._layout:
             self._layout, self._know = layout, set()
+            self._stamp = self._stamp.to(device)
+        self._num_orders += 1
+        self._stamp.fill_(self._num_orders)
+        _at_rest(device)
         return tuple(self._ordered(prepared, member, layout, here) for member in prepared.members)
 
     def _ordered(
         self, prepared: Prepared, member: WeightMember, layout: Layout, here: str
     ) -> HandlesOfEngine:
         knows = (member.engine_id, member.instance_id) in self._know
-        text = layout.order(prepared.transaction_id, whole=not knows)
+        text = layout.order(prepared.transaction_id, whole=not knows, stamp=self._num_orders)
+        named = () if knows else ((STAMP, self._stamp), *layout.segments)
         return HandlesOfEngine(
             engine_id=member.engine_id,
             handles=tuple(
-                _order(text, () if knows else layout.tensors, here)
-                for _ in range(member.tensor_parallel_size)
+                encode(text, [(name, _SharedTensor(x, reader, here=here)) for name, x in named])
+                for reader in member.gpu_uuids
             ),
             load_format=member.weight_hook,
         )
@@ -97,10 +109,13 @@ class CudaIpcTransport(WeightTransport):
         """
         here = self._here(flat.device)
         self._kept.append(flat)
+        _at_rest(flat.device)
         return tuple(
             HandlesOfEngine(
                 engine_id=member.engine_id,
-                handles=tuple(_payload(bucket, flat, here) for _ in range(member.tensor_parallel_size)),
+                handles=tuple(
+                    _payload(bucket, _SharedTensor(flat, reader, here=here)) for reader in member.gpu_uuids
+                ),
             )
             for member in self._members
         )
@@ -142,10 +157,15 @@ def _require_here(member: WeightMember, here: str) -> None:
         )
 
 
-def _payload(bucket: Bucket, flat: torch.Tensor, here: str) -> bytes:
+def _at_rest(device: torch.device) -> None:
+    """Waits for what this thread has enqueued: who reads from another GPU cannot wait for it there."""
+    torch.cuda.current_stream(device).synchronize()
+
+
+def _payload(bucket: Bucket, flat: _SharedTensor) -> bytes:
     """One handle to a bucket, with the places of its tensors."""
     content = {
-        "flattened_tensor": _SharedTensor(flat, here.removeprefix("GPU-")),
+        "flattened_tensor": flat,
         "metadata": [
             SimpleNamespace(
                 name=slot.name,
@@ -161,24 +181,25 @@ def _payload(bucket: Bucket, flat: torch.Tensor, here: str) -> bytes:
     return base64.b64encode(pickle.dumps(content))
 
 
-def _order(text: str, tensors: Sequence[torch.Tensor], here: str) -> bytes:
-    """An order as SGLang hands it on: the text, and the tensors by their place in it."""
-    uuid_of_gpu = here.removeprefix("GPU-")
-    shared = [(str(index), _SharedTensor(x, uuid_of_gpu)) for index, x in enumerate(tensors)]
-    return encode(text, shared)
-
-
 class _SharedTensor:
-    """Pickles as the call that opens a tensor of another process.
+    """Pickles as the call that opens a tensor of another process, for one reader.
 
     torch names the tensor's device by its index, which is another GPU where other GPUs are visible. SGLang
     takes a UUID in its place.
+
+    Args:
+        tensor: what lies here, at rest.
+        reader: the GPU of who opens it.
+        here: the tensor's.
     """
 
-    def __init__(self, tensor: torch.Tensor, uuid: str) -> None:
+    def __init__(self, tensor: torch.Tensor, reader: str, *, here: str) -> None:
         rebuild, arguments = reductions.reduce_tensor(tensor)
-        place = list(inspect.signature(rebuild).parameters).index("storage_device")
-        self._call = rebuild, (*arguments[:place], uuid, *arguments[place + 1 :])
+        given = dict(zip(inspect.signature(rebuild).parameters, arguments, strict=True))
+        given["storage_device"] = reader.removeprefix("GPU-")
+        if reader != here:
+            given["event_sync_required"] = False  # an event of another GPU; it has happened
+        self._call = rebuild, tuple(given.values())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._call

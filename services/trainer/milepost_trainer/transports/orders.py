@@ -23,6 +23,9 @@ import torch
 from milepost.types import TensorSpec
 from milepost_trainer.buckets import Bucket, dtype_name
 
+STAMP = "stamp"
+"""Segment with the number of the order that was given last."""
+
 _numbers = itertools.count(1)
 
 
@@ -87,9 +90,14 @@ class Layout:
         )
         return cls(f"{owner}/{next(_numbers)}", weights, tensors, places, marks)
 
-    def order(self, transaction_id: str, *, whole: bool) -> str:
-        """The text of an order."""
-        said: dict[str, Any] = {"transaction": transaction_id, "layout": self.name}
+    @property
+    def segments(self) -> tuple[tuple[str, torch.Tensor], ...]:
+        """The tensors by the names that places give them."""
+        return tuple((str(index), tensor) for index, tensor in enumerate(self.tensors))
+
+    def order(self, transaction_id: str, *, whole: bool, stamp: int = 0) -> str:
+        """The text of an order; `stamp`: what its reader is to find in the segment of that name."""
+        said: dict[str, Any] = {"transaction": transaction_id, "layout": self.name, "stamp": stamp}
         return json.dumps({**said, "places": self.places} if whole else said)
 
 
