@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -18,11 +19,16 @@ import orjson
 
 from milepost.types import TensorSpec
 from milepost_router.record import EngineRecord
-from milepost_router.upstream import Died, GaveUp, Pool, Refused, UpstreamError
+from milepost_router.upstream import Died, GaveUp, Pool, Refused, Rubbish, UpstreamError
 
 HOOK_REPORT = "milepost.report"
 """What our loader in an engine answers to, as `milepost_engine.weight_hook` has it."""
 MAX_REPLY_BYTES = 16 * 1024 * 1024
+
+Call = tuple[str, str, Mapping[str, Any] | None]
+"""Method, path and body."""
+
+_RESUMING: Call = ("POST", "/continue_generation", {"torch_empty_cache": False})
 
 
 class EngineFault(Exception):
@@ -112,7 +118,7 @@ class EngineApi:
 
     async def resume(self) -> None:
         """Goes on generating; no effect where it was not paused."""
-        await self._call("POST", "/continue_generation", {"torch_empty_cache": False}, json_reply=False)
+        await self._call(*_RESUMING, json_reply=False)
 
     async def abort_all(self) -> None:
         """Ends every request with the tokens it has."""
@@ -136,8 +142,13 @@ class EngineApi:
 
     async def set_version(self, text: str) -> None:
         """Sets its version string; running requests stay."""
-        body = {"new_version": text, "abort_all_requests": False}
-        await self._call("POST", "/update_weight_version", body)
+        await self._call(*_naming(text))
+
+    async def set_version_and_resume(self, text: str) -> None:
+        """Sets its version string, then goes on generating: sent at once, and done in this order."""
+        calls = (_naming(text), _RESUMING)
+        for call, (status, raw) in zip(calls, await self._ask(*calls), strict=True):
+            _judge(self._where(call), status, raw, json_reply=call is not _RESUMING)
 
     async def begin_update(self) -> None:
         """Opens its update session."""
@@ -188,14 +199,14 @@ class EngineApi:
         Raises:
           EngineRefused: it has none to give.
         """
-        path, body = "/get_weights_by_name", {"name": HOOK_REPORT, "truncate_size": 1}
-        where, status, raw = await self._ask("POST", path, body, timeout_s=timeout_s)
+        call = "POST", "/get_weights_by_name", {"name": HOOK_REPORT, "truncate_size": 1}
+        ((status, raw),) = await self._ask(call, timeout_s=timeout_s)
         if status == 200:
             with contextlib.suppress(ValueError, TypeError):
                 said: object = orjson.loads(bytes(int(number) for number in orjson.loads(raw)))
                 if isinstance(said, dict):
                     return cast(dict[str, Any], said)
-        raise EngineRefused(f"{where}: HTTP {status}: no report: {raw[:80]!r}", status)
+        raise EngineRefused(f"{self._where(call)}: HTTP {status}: no report: {raw[:80]!r}", status)
 
     async def load_folder(self, folder: str, *, timeout_s: float) -> None:
         """Loads safetensors from a folder."""
@@ -218,26 +229,61 @@ class EngineApi:
         timeout_s: float | None = None,
         json_reply: bool = True,
     ) -> dict[str, Any]:
-        where, status, raw = await self._ask(method, path, body, timeout_s=timeout_s)
-        return _judge(where, status, raw, json_reply=json_reply)
+        call = method, path, body
+        ((status, raw),) = await self._ask(call, timeout_s=timeout_s)
+        return _judge(self._where(call), status, raw, json_reply=json_reply)
 
-    async def _ask(
-        self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout_s: float | None
-    ) -> tuple[str, int, bytes]:
-        where = f"{self._record.engine_id}: {method} {path}"
+    def _where(self, call: Call) -> str:
+        method, path, _ = call
+        return f"{self._record.engine_id}: {method} {path}"
+
+    async def _ask(self, *calls: Call, timeout_s: float | None = None) -> list[tuple[int, bytes]]:
+        """Status and body of each reply; calls that are made together are done in their order."""
+        replies: list[tuple[int, bytes]] = []
         deadline_s = timeout_s or self._timeout_s
         try:
             async with asyncio.timeout(deadline_s):
-                status, raw = await self._exchange(method, path, body)
+                while len(replies) < len(calls):
+                    await self._exchange(calls[len(replies) :], replies)
         except TimeoutError:
+            where = self._where(calls[len(replies)])
             # A call with a deadline of its own moves weights, and may be late because another party is.
             raise EngineBroken(f"{where}: no answer within {deadline_s:g} s", gone=not timeout_s) from None
         except UpstreamError as error:
+            where = self._where(calls[len(replies)])
             raise EngineBroken(f"{where}: {error}", gone=isinstance(error, Refused | Died)) from error
-        return where, status, raw
+        return replies
 
-    async def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
-        """One request; asked again once where a kept connection turned out to be closed."""
+    async def _exchange(self, calls: Sequence[Call], replies: list[tuple[int, bytes]]) -> None:
+        """Asks all of this over one connection; asked again once where a kept one turned out to be closed.
+
+        Who closes the connection between two replies is asked for the rest by the next exchange.
+        """
+        *before, (head, payload) = map(self._request, calls)
+        head = b"".join(itertools.chain(*before, (head,)))
+        for fresh in (False, True):
+            connection = await self._pool.connect(self._record.url, fresh=fresh)
+            try:
+                connection.send(head, payload, replies=len(calls))
+                reply = await connection.reply()
+                raw, whole = await connection.body(MAX_REPLY_BYTES)
+                if not whole:
+                    raise Died(f"its answer is larger than {MAX_REPLY_BYTES} bytes")
+                replies += [*connection.earlier, (reply.status, raw)]
+                return
+            except (Died, Rubbish) as error:
+                if connection.earlier:
+                    replies += connection.earlier
+                    return
+                if isinstance(error, Rubbish) or not connection.reused or error.got_bytes:
+                    raise
+            finally:
+                self._pool.release(connection)
+        raise GaveUp("no connection")
+
+    def _request(self, call: Call) -> tuple[bytes, bytes]:
+        """Head and body as they go on the wire."""
+        method, path, body = call
         url = urlsplit(self._record.url)
         payload = b"" if body is None else orjson.dumps(body)
         lines = [f"{method} {url.path.rstrip('/')}{path} HTTP/1.1", f"host: {url.netloc}"]
@@ -245,22 +291,11 @@ class EngineApi:
             lines.append(f"authorization: Bearer {self._record.admin_api_key}")
         if body is not None:
             lines += ["content-type: application/json", f"content-length: {len(payload)}"]
-        head = "\r\n".join([*lines, "", ""]).encode()
-        for fresh in (False, True):
-            connection = await self._pool.connect(self._record.url, fresh=fresh)
-            try:
-                connection.send(head, payload)
-                reply = await connection.reply()
-                raw, whole = await connection.body(MAX_REPLY_BYTES)
-                if not whole:
-                    raise Died(f"its answer is larger than {MAX_REPLY_BYTES} bytes")
-                return reply.status, raw
-            except Died as error:
-                if not connection.reused or error.got_bytes:
-                    raise
-            finally:
-                self._pool.release(connection)
-        raise GaveUp("no connection")
+        return "\r\n".join([*lines, "", ""]).encode(), payload
+
+
+def _naming(text: str) -> Call:
+    return "POST", "/update_weight_version", {"new_version": text, "abort_all_requests": False}
 
 
 def _judge(where: str, status: int, raw: bytes, *, json_reply: bool) -> dict[str, Any]:

@@ -363,7 +363,7 @@ class Fleet:
         self._move(record, S.UPDATING, f"is being updated by {record.transaction}")
 
     def loaded_version(self, record: EngineRecord, loaded: LoadedVersion) -> None:
-        """Its new weights are complete and named; it resumes next, so replies may hold their tokens."""
+        """Its new weights are complete; it is named and resumes next, so replies may hold their tokens."""
         record.version_string = str(loaded)
         record.version, record.label = loaded.version, loaded.label
         record.generation += 1

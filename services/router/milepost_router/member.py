@@ -268,15 +268,20 @@ class Member:
         self._entangled = False
         return checksum if with_checksum else ""
 
-    async def name(self, loaded: LoadedVersion) -> None:
-        """Gives its complete weights their name, and forgets prefixes cached under the old ones."""
+    async def go_on(self, loaded: LoadedVersion) -> None:
+        """Names its complete weights, forgets prefixes cached under the old ones, and lets it generate."""
         self._require_present()
-        naming = self._api.set_version(str(loaded))
+        self._fleet.loaded_version(self.record, loaded)  # before any token of it can come
+        text = str(loaded)
         if self.record.caches_prefixes:
-            await _both(naming, self._forget_prefixes())
+            await _both(self._api.set_version(text), self._forget_prefixes())
+            if self._paused:
+                await self._api.resume()
+        elif self._paused:
+            await self._api.set_version_and_resume(text)
         else:  # told to flush, SGLang would hand its allocator's memory back to the driver, which takes time
-            await naming
-        self._fleet.loaded_version(self.record, loaded)
+            await self._api.set_version(text)
+        self._require_present()
 
     async def _forget_prefixes(self) -> None:
         try:
@@ -287,13 +292,6 @@ class Member:
     async def unname(self) -> None:
         """Takes the name back: the ledger refused it."""
         await self._api.set_version(version_string.updating(self._transaction_id))
-
-    async def resume(self) -> None:
-        """Goes on generating."""
-        self._require_present()
-        if self._paused:
-            await self._api.resume()
-        self._require_present()
 
     def serve(self) -> None:
         """Requests may come: it is out of the transaction."""

@@ -340,8 +340,7 @@ class Transaction:
 
     async def _go_on(self, member: Member) -> None:
         """Names a member's weights and lets it generate; it is served from unless the ledger has refused."""
-        await member.name(self.plan.loaded)
-        await member.resume()
+        await member.go_on(self.plan.loaded)
         if not self._refusal:
             member.serve()
 

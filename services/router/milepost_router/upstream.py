@@ -14,6 +14,9 @@ in the pool's one receive buffer, where a reply that came in one piece is parsed
     read ──> head parser ──> one whole reply of known length ──> the call, body by reference
                   └──────── anything else: read again by the full parser, body copied piece by piece
 
+Requests whose order matters may be sent at once (`replies`): an engine answers those of one connection in
+turn. What is waited for is then the last reply; those before it are kept whole in `earlier`.
+
 A connection carries one exchange at a time and belongs to whoever has it from the pool. `abort(error)` ends
 the exchange from outside (deadline, client gone, engine given up): whoever waits gets that error, and the
 engine sees its client disconnect. A connection that was not read to the end is closed by `release`.
@@ -120,6 +123,7 @@ class Connection(asyncio.BufferedProtocol):
       reused: a request was sent over it before.
       idle_since: nobody uses it since then; None: somebody does.
       complete: the whole reply is there.
+      earlier: replies, status and body, to requests that were sent together with the last one.
     """
 
     def __init__(self, origin: str, intake: Intake, forget: Callable[[Connection], None]) -> None:
@@ -150,6 +154,8 @@ class Connection(asyncio.BufferedProtocol):
         self._high_water = HIGH_WATER
         self._gathers = False
         self._heads_only = True
+        self._awaited = 1
+        self.earlier: list[tuple[int, bytes]] = []
         self.complete = False
         self._keep_alive = False
         self._got_bytes = False
@@ -162,11 +168,12 @@ class Connection(asyncio.BufferedProtocol):
         """Requests may be sent over it."""
         return self._error is None and self._transport is not None and not self._transport.is_closing()
 
-    def send(self, head: bytes, body: bytes) -> None:
-        """Writes one request and forgets the reply before it."""
+    def send(self, head: bytes, body: bytes, *, replies: int = 1) -> None:
+        """Writes one request, or as many as replies are awaited, and forgets the reply before it."""
         if self._error is not None or self._transport is None:
             raise self._error or Died("the connection is closed")
         self._begin()
+        self._awaited = replies
         if len(body) < 65536:
             self._transport.write(head + body)
         else:
@@ -276,7 +283,7 @@ class Connection(asyncio.BufferedProtocol):
         first, self._got_bytes = not self._got_bytes, True
         data = self._intake.view[:nbytes]
         try:
-            if not (first and self._takes_whole(data)):
+            if not (first and self._awaited == 1 and self._takes_whole(data)):
                 self._take_piece(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.abort(Rubbish(f"not an HTTP reply: {error}", got_bytes=True))
@@ -356,6 +363,13 @@ class Connection(asyncio.BufferedProtocol):
         """The reply is over, or was an interim one (1xx)."""
         if self._reply is None:
             self._headers = []
+            return
+        if self._awaited > 1:
+            self._awaited -= 1
+            self.earlier.append((self._reply.status, b"".join(self._chunks)))
+            self._headers, self._reply, self._gathers = [], None, False
+            self._chunks.clear()
+            self._unread = 0
             return
         parser = self._head_parser if self._heads_only else self._full_parser
         self.complete = True

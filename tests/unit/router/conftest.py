@@ -7,7 +7,7 @@ a machine that stands still for a moment makes no engine fail that the test did 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ from aiohttp import web
 
 from milepost import errors
 from milepost import types as t
-from milepost_router.engine_api import EngineApi
+from milepost_router.engine_api import Call, EngineApi
 from milepost_router.fleet import Fleet, FleetLimits
 from milepost_router.ledger import Publication, RouterHeld
 from milepost_router.record import EngineRecord
@@ -176,14 +176,13 @@ class PatientApi(EngineApi):
         super().__init__(pool, record, timeout_s=timeout_s)
         self._fake = fake
 
-    async def _ask(
-        self, method: str, path: str, body: Mapping[str, Any] | None, *, timeout_s: float | None
-    ) -> tuple[str, int, bytes]:
-        deadline_s = self._fake.deadline_s(path.removeprefix("/"))
+    async def _ask(self, *calls: Call, timeout_s: float | None = None) -> list[tuple[int, bytes]]:
+        limits = [self._fake.deadline_s(path.removeprefix("/")) for _, path, _ in calls]
+        deadline_s = min((limit for limit in limits if limit is not None), default=None)
         if deadline_s is None:
-            return await super()._ask(method, path, body, timeout_s=timeout_s)
+            return await super()._ask(*calls, timeout_s=timeout_s)
         patient = EngineApi(self._pool, self._record, timeout_s=deadline_s)
-        return await patient._ask(method, path, body, timeout_s=timeout_s and deadline_s)
+        return await patient._ask(*calls, timeout_s=timeout_s and deadline_s)
 
 
 class FakeLedger:

@@ -1,0 +1,108 @@
+"""Calls sent at once over one connection: replies in any pieces, and who hangs up in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+from milepost_router.engine_api import EngineApi, EngineBroken, EngineRefused
+from milepost_router.record import EngineRecord
+from milepost_router.upstream import Pool
+
+DONE = b'{"success": true}'
+NAMED, RESUMED = "/update_weight_version", "/continue_generation"
+
+
+def reply(body: bytes = DONE, *, status: str = "200 OK", more: str = "") -> bytes:
+    return f"HTTP/1.1 {status}\r\n{more}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+CLOSES = "connection: close\r\n"
+Script = list[list[bytes]]
+"""What each connection writes, piece by piece, once it has read all that was asked at once."""
+
+
+class Engine:
+    """Answers by a script, a connection a line of it, and hangs up at the line's end."""
+
+    def __init__(self, script: Script) -> None:
+        self.script, self.asked = script, list[list[str]]()
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked: list[str] = []
+        self.asked.append(asked)
+        wanted = 2 if len(self.asked) == 1 else 1
+        while len(asked) < wanted:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            asked.append(head.split()[1])
+            await reader.readexactly(int(head.lower().split("content-length: ")[1].split()[0]))
+        for piece in self.script[len(self.asked) - 1]:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0)
+        writer.close()
+
+
+@pytest.fixture
+async def engine_of() -> AsyncIterator[Callable[[Script], Awaitable[tuple[Engine, EngineApi]]]]:
+    """Starts engines that answer by a script, until the test ends."""
+    servers: list[asyncio.Server] = []
+    pool = Pool()
+
+    async def start(script: Script) -> tuple[Engine, EngineApi]:
+        engine = Engine(script)
+        servers.append(await asyncio.start_server(engine.talk, "127.0.0.1", 0))
+        port = servers[-1].sockets[0].getsockname()[1]
+        record = EngineRecord(engine_id="e", url=f"http://127.0.0.1:{port}")
+        return engine, EngineApi(pool, record, timeout_s=60.0)
+
+    yield start
+    pool.close()
+    for server in servers:
+        server.close()
+
+
+WHOLE = reply() + reply(b'{"status": "ok"}')
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [WHOLE],
+        [reply(), reply(b'{"status": "ok"}')],
+        [WHOLE[i : i + 1] for i in range(len(WHOLE))],
+        [WHOLE[: len(reply()) + 20], WHOLE[len(reply()) + 20 :]],
+    ],
+    ids=["at once", "one by one", "byte by byte", "a head cut through"],
+)
+async def test_both_are_asked_at_once_and_answered_in_turn(engine_of, pieces: list[bytes]):
+    engine, api = await engine_of([pieces])
+    await api.set_version_and_resume("run/2/1")
+    assert engine.asked == [[NAMED, RESUMED]]
+
+
+@pytest.mark.parametrize("more", [CLOSES, ""], ids=["announced", "unannounced"])
+async def test_who_hangs_up_in_between_is_asked_for_the_rest(engine_of, more: str):
+    engine, api = await engine_of([[reply(more=more)], [reply()]])
+    await api.set_version_and_resume("run/2/1")
+    assert engine.asked == [[NAMED, RESUMED], [RESUMED]]
+
+
+async def test_the_first_that_failed_is_told_of(engine_of):
+    _, api = await engine_of([[reply(b'{"message": "no"}', status="400 Bad Request") + reply()]])
+    with pytest.raises(EngineRefused, match=rf"e: POST {NAMED}: HTTP 400: no"):
+        await api.set_version_and_resume("run/2/1")
+
+
+async def test_the_second_that_failed_is_told_of(engine_of):
+    _, api = await engine_of([[reply() + reply(b"boom", status="500 Internal Server Error")]])
+    with pytest.raises(EngineBroken, match=rf"e: POST {RESUMED}: HTTP 500: boom"):
+        await api.set_version_and_resume("run/2/1")
+
+
+async def test_who_never_answers_the_rest_is_broken(engine_of):
+    _, api = await engine_of([[reply()], []])
+    with pytest.raises(EngineBroken, match=rf"e: POST {RESUMED}: the engine closed the connection"):
+        await api.set_version_and_resume("run/2/1")
