@@ -28,6 +28,7 @@ MAX_REPLY_BYTES = 16 * 1024 * 1024
 Call = tuple[str, str, Mapping[str, Any] | None]
 """Method, path and body."""
 
+_NAMING = "/update_weight_version"
 _RESUMING: Call = ("POST", "/continue_generation", {"torch_empty_cache": False})
 
 
@@ -114,7 +115,7 @@ class EngineApi:
 
     async def pause(self, mode: str) -> None:
         """Stops generating: `retract`, `in_place` or `abort`."""
-        await self._call("POST", "/pause_generation", {"mode": mode}, json_reply=False)
+        await self._call(*_pausing(mode), json_reply=False)
 
     async def resume(self) -> None:
         """Goes on generating; no effect where it was not paused."""
@@ -144,11 +145,17 @@ class EngineApi:
         """Sets its version string; running requests stay."""
         await self._call(*_naming(text))
 
+    async def set_version_and_pause(self, text: str, mode: str) -> None:
+        """Sets its version string, then stops generating: sent at once, and done in this order."""
+        await self._call_in_turn(_naming(text), _pausing(mode))
+
+    async def pause_and_set_version(self, mode: str, text: str) -> None:
+        """Stops generating, then sets its version string: sent at once, and done in this order."""
+        await self._call_in_turn(_pausing(mode), _naming(text))
+
     async def set_version_and_resume(self, text: str) -> None:
         """Sets its version string, then goes on generating: sent at once, and done in this order."""
-        calls = (_naming(text), _RESUMING)
-        for call, (status, raw) in zip(calls, await self._ask(*calls), strict=True):
-            _judge(self._where(call), status, raw, json_reply=call is not _RESUMING)
+        await self._call_in_turn(_naming(text), _RESUMING)
 
     async def begin_update(self) -> None:
         """Opens its update session."""
@@ -233,6 +240,11 @@ class EngineApi:
         ((status, raw),) = await self._ask(call, timeout_s=timeout_s)
         return _judge(self._where(call), status, raw, json_reply=json_reply)
 
+    async def _call_in_turn(self, *calls: Call) -> None:
+        """All of them, whatever is answered to the first; the first that failed is raised."""
+        for call, (status, raw) in zip(calls, await self._ask(*calls), strict=True):
+            _judge(self._where(call), status, raw, json_reply=call[1] == _NAMING)
+
     def _where(self, call: Call) -> str:
         method, path, _ = call
         return f"{self._record.engine_id}: {method} {path}"
@@ -295,7 +307,11 @@ class EngineApi:
 
 
 def _naming(text: str) -> Call:
-    return "POST", "/update_weight_version", {"new_version": text, "abort_all_requests": False}
+    return "POST", _NAMING, {"new_version": text, "abort_all_requests": False}
+
+
+def _pausing(mode: str) -> Call:
+    return "POST", "/pause_generation", {"mode": mode}
 
 
 def _judge(where: str, status: int, raw: bytes, *, json_reply: bool) -> dict[str, Any]:

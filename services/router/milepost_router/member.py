@@ -185,11 +185,10 @@ class Member:
         self._paused = not (at_once and self.record.in_flight == 0)
         if not self._paused:
             await self._api.set_version(mark)
-        elif self._ours:  # it counts tokens by the string that it has: first the last token, then the mark
-            await self._api.pause(PAUSE_MODES[mode])
-            await self._api.set_version(mark)
-        else:
-            await _both(self._api.pause(PAUSE_MODES[mode]), self._api.set_version(mark))
+        elif self.record.capabilities.version_spans:  # it counts tokens by its string: first the last token
+            await self._api.pause_and_set_version(PAUSE_MODES[mode], mark)
+        else:  # its last tokens are those of the version that it had; without them it waits less
+            await self._api.set_version_and_pause(mark, PAUSE_MODES[mode])
         if self.record.capabilities.update_session:
             await self._open_session()
 

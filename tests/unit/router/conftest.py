@@ -178,9 +178,10 @@ class PatientApi(EngineApi):
 
     async def _ask(self, *calls: Call, timeout_s: float | None = None) -> list[tuple[int, bytes]]:
         limits = [self._fake.deadline_s(path.removeprefix("/")) for _, path, _ in calls]
-        deadline_s = min((limit for limit in limits if limit is not None), default=None)
-        if deadline_s is None:
+        patience = [limit for limit in limits if limit is not None]
+        if len(patience) < len(limits):
             return await super()._ask(*calls, timeout_s=timeout_s)
+        deadline_s = min(patience)
         patient = EngineApi(self._pool, self._record, timeout_s=deadline_s)
         return await patient._ask(*calls, timeout_s=timeout_s and deadline_s)
 
@@ -268,7 +269,13 @@ class Bench:
 
     def join(self, fake: FakeEngine, **capabilities: Any) -> EngineRecord:
         """Adds an engine, probed and STALE."""
-        able = {"engine": "milepost 0.5.21", "update_session": True, "checksum": True} | capabilities
+        newest = {
+            "engine": "milepost 0.5.21",
+            "update_session": True,
+            "version_spans": True,
+            "checksum": True,
+        }
+        able: dict[str, Any] = newest | capabilities
         engine = t.Engine(
             engine_id=fake.name, url=fake.url, capabilities=t.EngineCapabilities(**able), instance_id="i"
         )

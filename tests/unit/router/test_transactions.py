@@ -76,6 +76,20 @@ async def test_the_calls_to_an_engine_come_in_order_and_never_flush_or_abort(ben
     assert not fake.paused
 
 
+@pytest.mark.parametrize("spans", [True, False])
+async def test_an_engine_that_counts_tokens_by_its_string_gets_the_mark_after_its_last_token(
+    spans: bool, tools, fake_engine
+):
+    bench = tools.bench()
+    bench.join(await fake_engine("a"), version_spans=spans)
+    prepared = await bench.transactions.prepare(tools.request())
+    await tools.transfer(bench, prepared)
+    pause, mark = (bench.engines["a"].calls.index(call) for call in OPENING[1:3])
+    assert (pause < mark) == spans
+    await tools.commit(bench, prepared)
+    assert not bench.engines["a"].paused
+
+
 async def test_admin_calls_carry_the_key_of_the_engine(bench, tools):
     bench.record("a").admin_api_key = "secret"
     prepared = await bench.transactions.prepare(tools.request())
