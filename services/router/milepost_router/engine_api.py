@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -28,8 +28,10 @@ MAX_REPLY_BYTES = 16 * 1024 * 1024
 Call = tuple[str, str, Mapping[str, Any] | None]
 """Method, path and body."""
 
-_NAMING = "/update_weight_version"
-_RESUMING: Call = ("POST", "/continue_generation", {"torch_empty_cache": False})
+_PAUSE, _RESUME = "/pause_generation", "/continue_generation"
+_WORDLESS = (_PAUSE, _RESUME)
+"""What they answer says nothing but by its status."""
+_RESUMING: Call = ("POST", _RESUME, {"torch_empty_cache": False})
 
 
 class EngineFault(Exception):
@@ -115,11 +117,11 @@ class EngineApi:
 
     async def pause(self, mode: str) -> None:
         """Stops generating: `retract`, `in_place` or `abort`."""
-        await self._call(*_pausing(mode), json_reply=False)
+        await self.in_turn(pausing(mode))
 
     async def resume(self) -> None:
         """Goes on generating; no effect where it was not paused."""
-        await self._call(*_RESUMING, json_reply=False)
+        await self.in_turn(_RESUMING)
 
     async def abort_all(self) -> None:
         """Ends every request with the tokens it has."""
@@ -143,19 +145,15 @@ class EngineApi:
 
     async def set_version(self, text: str) -> None:
         """Sets its version string; running requests stay."""
-        await self._call(*_naming(text))
+        await self.in_turn(naming(text))
 
-    async def set_version_and_pause(self, text: str, mode: str) -> None:
-        """Sets its version string, then stops generating: sent at once, and done in this order."""
-        await self._call_in_turn(_naming(text), _pausing(mode))
-
-    async def pause_and_set_version(self, mode: str, text: str) -> None:
-        """Stops generating, then sets its version string: sent at once, and done in this order."""
-        await self._call_in_turn(_pausing(mode), _naming(text))
+    async def in_turn(self, *calls: Call) -> None:
+        """Makes calls that are sent at once and done in this order; the first that failed is raised."""
+        self._judge_all(calls, await self._ask(*calls))
 
     async def set_version_and_resume(self, text: str) -> None:
         """Sets its version string, then goes on generating: sent at once, and done in this order."""
-        await self._call_in_turn(_naming(text), _RESUMING)
+        await self.in_turn(naming(text), _RESUMING)
 
     async def begin_update(self) -> None:
         """Opens its update session."""
@@ -188,17 +186,32 @@ class EngineApi:
         }
         await self._call("POST", "/update_weights_from_distributed", body, timeout_s=timeout_s)
 
-    async def receive_handles(
-        self, handles: Sequence[str], *, load_format: str = "", timeout_s: float
+    async def receive_handles(self, handles: Sequence[str], *, timeout_s: float) -> None:
+        """Takes one flattened bucket by handles, one a tensor-parallel rank."""
+        await self._call(*_taking(handles, "flattened_bucket"), timeout_s=timeout_s)
+
+    async def receive_order(
+        self,
+        handles: Sequence[str],
+        *,
+        load_format: str,
+        opening: Sequence[Call],
+        begins: Callable[[], None],
+        timeout_s: float,
     ) -> None:
-        """Takes one bucket by handles, one a tensor-parallel rank; `load_format` names our loader in it."""
-        body = {
-            "serialized_named_tensors": list(handles),
-            "load_format": load_format or "flattened_bucket",
-            "flush_cache": False,
-            "abort_all_requests": False,
-        }
-        await self._call("POST", "/update_weights_from_tensor", body, timeout_s=timeout_s)
+        """Does an order, one a tensor-parallel rank, by our loader in it, which `load_format` names.
+
+        Args:
+          handles: the order.
+          load_format: the loader.
+          opening: calls that come before it; all are sent at once, and done in this order.
+          begins: called when it begins.
+          timeout_s: for all of it.
+        """
+        calls = (*opening, _taking(handles, load_format))
+        if not opening:
+            begins()
+        self._judge_all(calls, await self._ask(*calls, timeout_s=timeout_s, once=True, before_last=begins))
 
     async def hook_report(self, *, timeout_s: float) -> dict[str, Any]:
         """What our loader in it says of its last order: JSON, as a list of numbers.
@@ -240,23 +253,31 @@ class EngineApi:
         ((status, raw),) = await self._ask(call, timeout_s=timeout_s)
         return _judge(self._where(call), status, raw, json_reply=json_reply)
 
-    async def _call_in_turn(self, *calls: Call) -> None:
-        """All of them, whatever is answered to the first; the first that failed is raised."""
-        for call, (status, raw) in zip(calls, await self._ask(*calls), strict=True):
-            _judge(self._where(call), status, raw, json_reply=call[1] == _NAMING)
+    def _judge_all(self, calls: Sequence[Call], replies: Sequence[tuple[int, bytes]]) -> None:
+        for call, (status, raw) in zip(calls, replies, strict=True):
+            _judge(self._where(call), status, raw, json_reply=call[1] not in _WORDLESS)
 
     def _where(self, call: Call) -> str:
         method, path, _ = call
         return f"{self._record.engine_id}: {method} {path}"
 
-    async def _ask(self, *calls: Call, timeout_s: float | None = None) -> list[tuple[int, bytes]]:
-        """Status and body of each reply; calls that are made together are done in their order."""
+    async def _ask(
+        self,
+        *calls: Call,
+        timeout_s: float | None = None,
+        once: bool = False,
+        before_last: Callable[[], None] | None = None,
+    ) -> list[tuple[int, bytes]]:
+        """Status and body of each reply; calls that are made together are done in their order.
+
+        With `once`, who hangs up behind a reply is not asked for the rest: it may have begun with it.
+        """
         replies: list[tuple[int, bytes]] = []
         deadline_s = timeout_s or self._timeout_s
         try:
             async with asyncio.timeout(deadline_s):
                 while len(replies) < len(calls):
-                    await self._exchange(calls[len(replies) :], replies)
+                    await self._exchange(calls[len(replies) :], replies, once=once, before_last=before_last)
         except TimeoutError:
             where = self._where(calls[len(replies)])
             # A call with a deadline of its own moves weights, and may be late because another party is.
@@ -266,7 +287,14 @@ class EngineApi:
             raise EngineBroken(f"{where}: {error}", gone=isinstance(error, Refused | Died)) from error
         return replies
 
-    async def _exchange(self, calls: Sequence[Call], replies: list[tuple[int, bytes]]) -> None:
+    async def _exchange(
+        self,
+        calls: Sequence[Call],
+        replies: list[tuple[int, bytes]],
+        *,
+        once: bool,
+        before_last: Callable[[], None] | None,
+    ) -> None:
         """Asks all of this over one connection; asked again once where a kept one turned out to be closed.
 
         Who closes the connection between two replies is asked for the rest by the next exchange.
@@ -276,7 +304,7 @@ class EngineApi:
         for fresh in (False, True):
             connection = await self._pool.connect(self._record.url, fresh=fresh)
             try:
-                connection.send(head, payload, replies=len(calls))
+                connection.send(head, payload, replies=len(calls), before_last=before_last)
                 reply = await connection.reply()
                 raw, whole = await connection.body(MAX_REPLY_BYTES)
                 if not whole:
@@ -284,8 +312,8 @@ class EngineApi:
                 replies += [*connection.earlier, (reply.status, raw)]
                 return
             except (Died, Rubbish) as error:
-                if connection.earlier:
-                    replies += connection.earlier
+                replies += connection.earlier
+                if connection.earlier and not once:
                     return
                 if isinstance(error, Rubbish) or not connection.reused or error.got_bytes:
                     raise
@@ -306,12 +334,24 @@ class EngineApi:
         return "\r\n".join([*lines, "", ""]).encode(), payload
 
 
-def _naming(text: str) -> Call:
-    return "POST", _NAMING, {"new_version": text, "abort_all_requests": False}
+def naming(text: str) -> Call:
+    """Sets its version string; running requests stay."""
+    return "POST", "/update_weight_version", {"new_version": text, "abort_all_requests": False}
 
 
-def _pausing(mode: str) -> Call:
-    return "POST", "/pause_generation", {"mode": mode}
+def pausing(mode: str) -> Call:
+    """Stops generating: `retract`, `in_place` or `abort`."""
+    return "POST", _PAUSE, {"mode": mode}
+
+
+def _taking(handles: Sequence[str], load_format: str) -> Call:
+    body = {
+        "serialized_named_tensors": list(handles),
+        "load_format": load_format,
+        "flush_cache": False,
+        "abort_all_requests": False,
+    }
+    return "POST", "/update_weights_from_tensor", body
 
 
 def _judge(where: str, status: int, raw: bytes, *, json_reply: bool) -> dict[str, Any]:

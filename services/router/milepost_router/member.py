@@ -35,7 +35,15 @@ from milepost.types import (
     WeightMember,
 )
 from milepost_router import version_string
-from milepost_router.engine_api import EngineApi, EngineBroken, EngineFault, EngineRefused
+from milepost_router.engine_api import (
+    Call,
+    EngineApi,
+    EngineBroken,
+    EngineFault,
+    EngineRefused,
+    naming,
+    pausing,
+)
 from milepost_router.fleet import Fleet
 from milepost_router.groups import COLLECTIVE
 from milepost_router.record import EngineRecord
@@ -95,6 +103,7 @@ class Member:
         self._call_timeout_s = call_timeout_s
         self._opened = self._session = self._written = self._paused = False
         self._text_before = ""
+        self._opening: Sequence[Call] = ()
 
     @property
     def engine_id(self) -> str:
@@ -175,20 +184,23 @@ class Member:
     async def open(self, mode: PauseMode, *, at_once: bool = False) -> None:
         """Pauses it, marks its weights as nobody's, opens its session. No new requests from here on.
 
-        One that has no requests, and gets all weights `at_once`, between two of its steps, needs no pause.
+        One that gets all weights `at_once`, between two of its steps, is told so together with the order to
+        take them, and needs no pause if it has no requests.
         """
         self._require_present()
         self._text_before = self.record.version_string
         self._opened = True
         self._fleet.begin_update(self.record, now=_now())
-        mark = version_string.updating(self._transaction_id)
         self._paused = not (at_once and self.record.in_flight == 0)
-        if not self._paused:
-            await self._api.set_version(mark)
-        elif self.record.capabilities.version_spans:  # it counts tokens by its string: first the last token
-            await self._api.pause_and_set_version(PAUSE_MODES[mode], mark)
-        else:  # its last tokens are those of the version that it had; without them it waits less
-            await self._api.set_version_and_pause(mark, PAUSE_MODES[mode])
+        opening = [naming(version_string.updating(self._transaction_id))]
+        if self._paused:
+            # Who counts tokens by its string gets it behind its last token. Others end replies under the
+            # version that they had, and wait less with the string before.
+            opening.insert(0 if self.record.capabilities.version_spans else 1, pausing(PAUSE_MODES[mode]))
+        if at_once and not self.record.capabilities.update_session:
+            self._opening = opening  # they go with the order
+        else:
+            await self._api.in_turn(*opening)
         if self.record.capabilities.update_session:
             await self._open_session()
 
@@ -224,25 +236,46 @@ class Member:
     async def _receive(self, header: BucketHeader, *, timeout_s: float) -> None:
         """Gives it the handles of a bucket; our loader in it says itself whether all of it is written."""
         load_format = _own_or_common(header, self).load_format
-        taking = self._api.receive_handles(
-            handles_of(header, self), load_format=load_format, timeout_s=timeout_s
-        )
+        handles = handles_of(header, self)
         if not load_format:
-            await taking
-        else:
-            # Asked for at once, the report comes right behind the weights; too early, it is an older one.
-            taken, said = await asyncio.gather(
-                taking, self._api.hook_report(timeout_s=timeout_s), return_exceptions=True
-            )
-            if isinstance(taken, BaseException):
-                raise taken
-            if isinstance(said, BaseException) or said.get("transaction") != self._transaction_id:
-                said = await self._api.hook_report(timeout_s=self._call_timeout_s)
-            self._entangled = False  # it answers, and does not before its GPU is through
-            if said.get("transaction") != self._transaction_id or not said.get("ok"):
-                why = said.get("message") or f"it speaks of {said.get('transaction')!r}: it restarted"
-                raise EngineBroken(f"{self.engine_id}: its loader of weights failed: {why}")
-            self._written = True
+            await self._api.receive_handles(handles, timeout_s=timeout_s)
+            return
+        said = await self._order(handles, load_format, timeout_s=timeout_s)
+        self._entangled = False  # it answers, and does not before its GPU is through
+        if said.get("transaction") != self._transaction_id or not said.get("ok"):
+            why = said.get("message") or f"it speaks of {said.get('transaction')!r}: it restarted"
+            raise EngineBroken(f"{self.engine_id}: its loader of weights failed: {why}")
+        self._written = True
+
+    async def _order(self, handles: Sequence[str], load_format: str, *, timeout_s: float) -> dict[str, Any]:
+        """Gives it an order, and whatever is to come before it; returns what its loader reports.
+
+        Asked for when the order begins, the report comes right behind it; too early, it is an older one.
+        """
+        begun = asyncio.Event()
+
+        async def give() -> None:
+            try:
+                await self._api.receive_order(
+                    handles,
+                    load_format=load_format,
+                    opening=self._opening,
+                    begins=begun.set,
+                    timeout_s=timeout_s,
+                )
+            finally:
+                begun.set()
+
+        async def ask() -> dict[str, Any]:
+            await begun.wait()
+            return await self._api.hook_report(timeout_s=timeout_s)
+
+        done, said = await asyncio.gather(give(), ask(), return_exceptions=True)
+        if isinstance(done, BaseException):
+            raise done
+        if isinstance(said, BaseException) or said.get("transaction") != self._transaction_id:
+            return await self._api.hook_report(timeout_s=self._call_timeout_s)
+        return said
 
     async def verify(self, last_tensor: str, *, with_checksum: bool) -> str:
         """Closes its session, waits until its weights are written, and returns their checksum, if it has one.

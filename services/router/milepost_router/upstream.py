@@ -155,6 +155,7 @@ class Connection(asyncio.BufferedProtocol):
         self._gathers = False
         self._heads_only = True
         self._awaited = 1
+        self._before_last: Callable[[], None] | None = None
         self.earlier: list[tuple[int, bytes]] = []
         self.complete = False
         self._keep_alive = False
@@ -168,12 +169,17 @@ class Connection(asyncio.BufferedProtocol):
         """Requests may be sent over it."""
         return self._error is None and self._transport is not None and not self._transport.is_closing()
 
-    def send(self, head: bytes, body: bytes, *, replies: int = 1) -> None:
-        """Writes one request, or as many as replies are awaited, and forgets the reply before it."""
+    def send(
+        self, head: bytes, body: bytes, *, replies: int = 1, before_last: Callable[[], None] | None = None
+    ) -> None:
+        """Writes one request, or as many as replies are awaited, and forgets the reply before it.
+
+        Of several, `before_last` is called once the last alone is not answered yet.
+        """
         if self._error is not None or self._transport is None:
             raise self._error or Died("the connection is closed")
         self._begin()
-        self._awaited = replies
+        self._awaited, self._before_last = replies, before_last
         if len(body) < 65536:
             self._transport.write(head + body)
         else:
@@ -370,6 +376,8 @@ class Connection(asyncio.BufferedProtocol):
             self._headers, self._reply, self._gathers = [], None, False
             self._chunks.clear()
             self._unread = 0
+            if self._awaited == 1 and self._before_last is not None:
+                self._before_last()
             return
         parser = self._head_parser if self._heads_only else self._full_parser
         self.complete = True

@@ -176,14 +176,16 @@ class PatientApi(EngineApi):
         super().__init__(pool, record, timeout_s=timeout_s)
         self._fake = fake
 
-    async def _ask(self, *calls: Call, timeout_s: float | None = None) -> list[tuple[int, bytes]]:
+    async def _ask(
+        self, *calls: Call, timeout_s: float | None = None, **more: Any
+    ) -> list[tuple[int, bytes]]:
         limits = [self._fake.deadline_s(path.removeprefix("/")) for _, path, _ in calls]
         patience = [limit for limit in limits if limit is not None]
         if len(patience) < len(limits):
-            return await super()._ask(*calls, timeout_s=timeout_s)
+            return await super()._ask(*calls, timeout_s=timeout_s, **more)
         deadline_s = min(patience)
         patient = EngineApi(self._pool, self._record, timeout_s=deadline_s)
-        return await patient._ask(*calls, timeout_s=timeout_s and deadline_s)
+        return await patient._ask(*calls, timeout_s=timeout_s and deadline_s, **more)
 
 
 class FakeLedger:

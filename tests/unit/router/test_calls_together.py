@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from milepost_router.engine_api import EngineApi, EngineBroken, EngineRefused
+from milepost_router.engine_api import EngineApi, EngineBroken, EngineRefused, naming
 from milepost_router.record import EngineRecord
 from milepost_router.upstream import Pool
 
@@ -106,3 +106,26 @@ async def test_who_never_answers_the_rest_is_broken(engine_of):
     _, api = await engine_of([[reply()], []])
     with pytest.raises(EngineBroken, match=rf"e: POST {RESUMED}: the engine closed the connection"):
         await api.set_version_and_resume("run/2/1")
+
+
+ORDER = "/update_weights_from_tensor"
+
+
+def give_order(api: EngineApi, begins: Callable[[], None]) -> Awaitable[None]:
+    opening = [naming("updating/t")]
+    return api.receive_order(["o"], load_format="l", opening=opening, begins=begins, timeout_s=60.0)
+
+
+async def test_an_order_is_told_to_begin_when_all_before_it_are_answered(engine_of):
+    engine, api = await engine_of([[reply(), reply()]])
+    begun = asyncio.Event()
+    await give_order(api, begun.set)
+    assert engine.asked == [[NAMED, ORDER]]
+    assert begun.is_set()
+
+
+async def test_an_order_that_may_have_begun_is_not_given_again(engine_of):
+    engine, api = await engine_of([[reply()], [reply()]])
+    with pytest.raises(EngineBroken, match=rf"e: POST {ORDER}: the engine closed the connection"):
+        await give_order(api, lambda: None)
+    assert engine.asked == [[NAMED, ORDER]]

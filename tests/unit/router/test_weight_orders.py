@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,15 +106,23 @@ async def test_an_engine_at_rest_is_marked_loaded_and_named_and_nothing_else(ben
     ]
 
 
-async def test_an_engine_with_requests_is_paused_and_goes_on(bench, tools):
+@pytest.mark.parametrize("spans", [False, True])
+async def test_an_engine_with_requests_is_paused_and_goes_on(spans: bool, bench, tools):
     for fake in bench.engines.values():
         Loader(fake)
-    bench.fleet.request_started(bench.record("a"))
+    record = bench.record("a")
+    record.capabilities = replace(record.capabilities, version_spans=spans)
+    bench.fleet.request_started(record)
     prepared = await prepare(bench, tools)
     await bench.transactions.find(prepared.transaction_id).take(order(prepared))
     await tools.commit(bench, prepared, num_buckets=1)
-    assert "pause_generation" in bench.engines["a"].calls
-    assert bench.engines["a"].calls[-1] == "continue_generation"
+    opening = ["update_weight_version", "pause_generation"]
+    assert [call for call in bench.engines["a"].calls if call != "get_weights_by_name"] == [
+        *(reversed(opening) if spans else opening),
+        "update_weights_from_tensor",
+        "update_weight_version",
+        "continue_generation",
+    ]
     assert "pause_generation" not in bench.engines["b"].calls
 
 
