@@ -91,12 +91,19 @@ def _read(path: Path, run_id: str) -> Witness:
 def _read_lines(path: Path, run_id: str) -> Witness:
     steps: dict[int, StepManifest] = {}
     accepted: list[str] = []
+    newest_term = 0
     for number, row in read_lines(path):
         _of_run(row, run_id, path)
         if "accepted" in row:
             accepted += row["accepted"]
         elif "prompt_ids" in row:
-            steps[int(row["step"])] = _step(row)  # a step that was trained again: the last one stands
+            step, term = int(row["step"]), int(row.get("term", newest_term))
+            if (
+                term > newest_term
+            ):  # a trainer that resumed: what was behind its checkpoint is as if never trained
+                newest_term = term
+                steps = {each: kept for each, kept in steps.items() if each < step}
+            steps[step] = _step(row)  # a step that was trained again: the last one stands
         else:
             raise InvalidArgument(f"--witness {path}: line {number} has neither `accepted` nor `prompt_ids`")
     ordered = tuple(steps[step] for step in sorted(steps))

@@ -745,6 +745,25 @@ local function assign(step, taken)
   return rows
 end
 
+-- The first leased step behind this one: what is kept behind a gap. 0: there is none.
+local function kept_behind(step)
+  for kept = step + 1, num('leased') do
+    if step_size(kept) > 0 then return kept end
+  end
+  return 0
+end
+
+-- Gives the groups of a kept step to an earlier one, which nothing else can fill any more; answers their rows.
+local function close_gap(kept, step)
+  local from, to, rows = key_of(kept), key_of(step), rows_of(kept)
+  for _, row in ipairs(rows) do write(row, {step = step, age = math.max(0, step - 1 - row.lab)}) end
+  for _, key in ipairs({'ids:', 'step:'}) do call('RENAME', P .. key .. from, P .. key .. to) end
+  call('HDEL', P .. 'sizes', from)
+  call('HSET', P .. 'sizes', to, #rows)
+  while step_size(num('leased')) == 0 do add('leased', -1) end
+  return rows
+end
+
 local function drop_tail()
   for _, member in ipairs(call('ZRANGE', P .. 'ready', 0, -1)) do drop(read(string.sub(member, 18)), TAIL, 'sources closed') end
 end
@@ -767,7 +786,11 @@ function C.lease_step()
   if num('ready') < size then
     if not sources_done() then return pending('ready', size, 0) end
     if num('tail') == TAIL_DROP then drop_tail() end
-    if num('ready') == 0 then return fail('FINISHED', 'step', key_of(step)) end
+    if num('ready') == 0 then
+      local kept = kept_behind(step)
+      if kept == 0 then return fail('FINISHED', 'step', key_of(step)) end
+      return describe_step(step, close_gap(kept, step), 0)
+    end
     size = num('ready')
   end
   local taken = call('ZRANGE', P .. 'ready', 0, size - 1, 'WITHSCORES')

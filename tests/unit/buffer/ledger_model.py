@@ -194,7 +194,7 @@ class Model:
                     self.drop(row, DropReason.TAIL)
                 order = []
             if not order:
-                return "finished"
+                return self.close_gap(step)
         if self.crowded_out(step, order[size:]):
             return "pending"
         self.steps[step] = [r.name for r in order[:size]]
@@ -202,6 +202,16 @@ class Model:
         for row in order[:size]:
             row.state, row.step = ASSIGNED, step
             assert step - 1 - row.label <= c.max_staleness, "beyond the bound"
+        return self.steps[step]
+
+    def close_gap(self, step: int) -> list[str] | str:
+        """Nothing can fill this step any more: the next one that is kept behind a gap takes its place."""
+        kept = min((each for each in self.steps if each > step), default=0)
+        if not kept:
+            return "finished"
+        self.steps[step], self.bounds[step] = self.steps.pop(kept), self.bounds.pop(kept)
+        for name in self.steps[step]:
+            self.rows[name].step = step
         return self.steps[step]
 
     def commit(self, step: int, dropped: dict[str, DropReason]) -> None:

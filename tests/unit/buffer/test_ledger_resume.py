@@ -215,6 +215,32 @@ async def test_a_gap_may_be_dropped(bench) -> None:
     await bench.audit()
 
 
+@pytest.mark.parametrize("rolled_again", [0, 1], ids=["nothing is left", "a tail is left"])
+async def test_kept_steps_close_a_gap_that_nothing_fills_any_more(bench, rolled_again: int) -> None:
+    """Without it the run would be over while groups stand in a step that nobody comes to."""
+    taken = [await bench.train_step(step) for step in range(1, 6)]
+    await bench.trim(2)
+    await bench.open_term(0, on_gap=t.OnGap.DROP)
+    if rolled_again:
+        await bench.put(rolled_again)
+        await bench.seal(await bench.lease(4), versions=(6,))
+    await bench.ledger.prompts.open_source(bench.run_id, source_id="end")
+    await bench.ledger.prompts.close_source(bench.run_id, source_id="end")
+    if rolled_again:
+        await bench.commit(1, await bench.step_ids(1))
+    first = 1 + rolled_again
+    for step, ids in enumerate(taken[2:], start=first):
+        assert await bench.step_ids(step) == ids
+        assert await bench.step_ids(step) == ids, "asked again, the same"
+        await bench.audit()
+        await bench.commit(step, ids)
+    with pytest.raises(errors.OutOfRange, match="finished"):
+        await bench.lease_step(first + 3)
+    await bench.audit()
+    stats = await bench.stats()
+    assert (stats.committed_step, stats.dropped) == (first + 2, {"gap": 4})
+
+
 async def test_a_step_resumed_three_times_without_a_commit_is_named(bench) -> None:
     await bench.train_step(1)
     await bench.put(2)

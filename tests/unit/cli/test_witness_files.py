@@ -53,6 +53,16 @@ def test_of_a_step_that_was_trained_again_the_last_line_stands(
     assert "steps.jsonl: line 5 was cut off (10 bytes); passed over" in caplog.text
 
 
+def test_steps_behind_the_one_that_a_newer_term_began_with_are_forgotten(tmp_path: Path) -> None:
+    """They were rewound; a gap that was closed may have left fewer of them."""
+    log = tmp_path / "steps.jsonl"
+    rows = [(1, 10, "a"), (2, 10, "b"), (3, 10, "c"), (4, 10, "d"), (2, 11, "c"), (3, 11, "d")]
+    lines = [{"step": step, "term": term, "prompt_ids": [name]} for step, term, name in rows]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (witness,) = read_witnesses([log], run_id="run")
+    assert [(s.step, s.prompt_ids) for s in witness.steps] == [(1, ("a",)), (2, ("c",)), (3, ("d",))]
+
+
 @pytest.mark.parametrize("name", ["acknowledged.jsonl", "ids.txt"])
 def test_acknowledged_ids_come_in_order(tmp_path: Path, name: str) -> None:
     rows = [{"run_id": "r", "accepted": ["a", "b"]}, {"run_id": "r", "accepted": ["c"]}]
