@@ -48,7 +48,10 @@ async def gap_around(http: str, run_id: str, publish: Callable[[], Awaitable[Non
         await publish()
         ended = time.perf_counter()
         await asyncio.sleep(SETTLE_S)
-    arrivals = json.loads(await asyncio.to_thread(out.read_text))
+    try:
+        arrivals = json.loads(await asyncio.to_thread(out.read_text))
+    except FileNotFoundError:
+        raise streams.failed("ended before it was told to") from None
     await asyncio.to_thread(out.unlink)
     return _judge(arrivals, begun, ended)
 

@@ -31,7 +31,8 @@ Call = tuple[str, str, Mapping[str, Any] | None]
 _PAUSE, _RESUME = "/pause_generation", "/continue_generation"
 _WORDLESS = (_PAUSE, _RESUME)
 """What they answer says nothing but by its status."""
-_RESUMING: Call = ("POST", _RESUME, {"torch_empty_cache": False})
+RESUMING: Call = ("POST", _RESUME, {"torch_empty_cache": False})
+"""Goes on generating; no effect where it was not paused."""
 
 
 class EngineFault(Exception):
@@ -121,7 +122,7 @@ class EngineApi:
 
     async def resume(self) -> None:
         """Goes on generating; no effect where it was not paused."""
-        await self.in_turn(_RESUMING)
+        await self.in_turn(RESUMING)
 
     async def abort_all(self) -> None:
         """Ends every request with the tokens it has."""
@@ -150,10 +151,6 @@ class EngineApi:
     async def in_turn(self, *calls: Call) -> None:
         """Makes calls that are sent at once and done in this order; the first that failed is raised."""
         self._judge_all(calls, await self._ask(*calls))
-
-    async def set_version_and_resume(self, text: str) -> None:
-        """Sets its version string, then goes on generating: sent at once, and done in this order."""
-        await self.in_turn(naming(text), _RESUMING)
 
     async def begin_update(self) -> None:
         """Opens its update session."""
@@ -206,12 +203,10 @@ class EngineApi:
           load_format: the loader.
           opening: calls that come before it; all are sent at once, and done in this order.
           begins: called when it begins.
-          timeout_s: for all of it.
+          timeout_s: from then on; what comes before it has the usual deadlines.
         """
         calls = (*opening, _taking(handles, load_format))
-        if not opening:
-            begins()
-        self._judge_all(calls, await self._ask(*calls, timeout_s=timeout_s, once=True, before_last=begins))
+        self._judge_all(calls, await self._ask(*calls, timeout_s=timeout_s, once=True, begins=begins))
 
     async def hook_report(self, *, timeout_s: float) -> dict[str, Any]:
         """What our loader in it says of its last order: JSON, as a list of numbers.
@@ -266,22 +261,27 @@ class EngineApi:
         *calls: Call,
         timeout_s: float | None = None,
         once: bool = False,
-        before_last: Callable[[], None] | None = None,
+        begins: Callable[[], None] | None = None,
     ) -> list[tuple[int, bytes]]:
         """Status and body of each reply; calls that are made together are done in their order.
 
-        With `once`, who hangs up behind a reply is not asked for the rest: it may have begun with it.
+        Args:
+          calls: to make.
+          timeout_s: deadline of the last one, from when it begins; None: that of the others.
+          once: an engine that hangs up between two replies is not asked for the rest.
+          begins: called when the last one begins.
         """
         replies: list[tuple[int, bytes]] = []
-        deadline_s = timeout_s or self._timeout_s
+        limits_s = [self._timeout_s] * (len(calls) - 1) + [timeout_s or self._timeout_s]
         try:
-            async with asyncio.timeout(deadline_s):
-                while len(replies) < len(calls):
-                    await self._exchange(calls[len(replies) :], replies, once=once, before_last=before_last)
+            while len(replies) < len(calls):
+                await self._exchange(calls, limits_s, replies, once=once, begins=begins)
         except TimeoutError:
-            where = self._where(calls[len(replies)])
+            at = len(replies)
             # A call with a deadline of its own moves weights, and may be late because another party is.
-            raise EngineBroken(f"{where}: no answer within {deadline_s:g} s", gone=not timeout_s) from None
+            gone = at < len(calls) - 1 or not timeout_s
+            why = f"{self._where(calls[at])}: no answer within {limits_s[at]:g} s"
+            raise EngineBroken(why, gone=gone) from None
         except UpstreamError as error:
             where = self._where(calls[len(replies)])
             raise EngineBroken(f"{where}: {error}", gone=isinstance(error, Refused | Died)) from error
@@ -290,35 +290,49 @@ class EngineApi:
     async def _exchange(
         self,
         calls: Sequence[Call],
+        limits_s: Sequence[float],
         replies: list[tuple[int, bytes]],
         *,
         once: bool,
-        before_last: Callable[[], None] | None,
+        begins: Callable[[], None] | None,
     ) -> None:
-        """Asks all of this over one connection; asked again once where a kept one turned out to be closed.
+        """Asks what has no reply yet over one connection; again where a kept one turned out to be closed.
 
-        Who closes the connection between two replies is asked for the rest by the next exchange.
+        It returns with less than all where the engine hangs up between two replies.
         """
-        *before, (head, payload) = map(self._request, calls)
+        asked, last = len(replies), len(calls) - 1
+        *before, (head, payload) = map(self._request, calls[asked:])
         head = b"".join(itertools.chain(*before, (head,)))
         for fresh in (False, True):
-            connection = await self._pool.connect(self._record.url, fresh=fresh)
-            try:
-                connection.send(head, payload, replies=len(calls), before_last=before_last)
-                reply = await connection.reply()
-                raw, whole = await connection.body(MAX_REPLY_BYTES)
-                if not whole:
-                    raise Died(f"its answer is larger than {MAX_REPLY_BYTES} bytes")
-                replies += [*connection.earlier, (reply.status, raw)]
-                return
-            except (Died, Rubbish) as error:
-                replies += connection.earlier
-                if connection.earlier and not once:
+            async with asyncio.timeout(limits_s[asked]) as limit:
+                connection = await self._pool.connect(self._record.url, fresh=fresh)
+                try:
+                    if asked == last and begins is not None:
+                        begins()
+                    connection.send(head, payload, replies=len(calls) - asked)
+                    while len(replies) < last:
+                        reply = await connection.earlier_reply(len(replies) - asked)
+                        if reply is None:
+                            break
+                        replies.append(reply)
+                        limit.reschedule(asyncio.get_running_loop().time() + limits_s[len(replies)])
+                        if len(replies) == last and begins is not None:
+                            begins()
+                    status = (await connection.reply()).status
+                    raw, whole = await connection.body(MAX_REPLY_BYTES)
+                    if not whole:
+                        raise Died(f"its answer is larger than {MAX_REPLY_BYTES} bytes", got_bytes=True)
+                    replies.append((status, raw))
+                    if once and len(replies) <= last:
+                        raise Died("the engine closed the connection", got_bytes=True)
                     return
-                if isinstance(error, Rubbish) or not connection.reused or error.got_bytes:
-                    raise
-            finally:
-                self._pool.release(connection)
+                except (Died, Rubbish) as error:
+                    if len(replies) > asked and not once:
+                        return
+                    if isinstance(error, Rubbish) or not connection.reused or error.got_bytes:
+                        raise
+                finally:
+                    self._pool.release(connection)
         raise GaveUp("no connection")
 
     def _request(self, call: Call) -> tuple[bytes, bytes]:

@@ -36,6 +36,7 @@ from milepost.types import (
 )
 from milepost_router import version_string
 from milepost_router.engine_api import (
+    RESUMING,
     Call,
     EngineApi,
     EngineBroken,
@@ -197,9 +198,9 @@ class Member:
             # Who counts tokens by its string gets it behind its last token. Others end replies under the
             # version that they had, and wait less with the string before.
             opening.insert(0 if self.record.capabilities.version_spans else 1, pausing(PAUSE_MODES[mode]))
-        if at_once and not self.record.capabilities.update_session:
+        if at_once and not (self._group_name or self.record.capabilities.update_session):
             self._opening = opening  # they go with the order
-        else:
+        else:  # nobody enters a collective before all are paused
             await self._api.in_turn(*opening)
         if self.record.capabilities.update_session:
             await self._open_session()
@@ -252,30 +253,27 @@ class Member:
 
         Asked for when the order begins, the report comes right behind it; too early, it is an older one.
         """
-        begun = asyncio.Event()
+        reporting: asyncio.Task[dict[str, Any]] | None = None
 
-        async def give() -> None:
-            try:
-                await self._api.receive_order(
-                    handles,
-                    load_format=load_format,
-                    opening=self._opening,
-                    begins=begun.set,
-                    timeout_s=timeout_s,
-                )
-            finally:
-                begun.set()
+        def begins() -> None:
+            nonlocal reporting
+            if reporting is None:
+                reporting = asyncio.create_task(self._api.hook_report(timeout_s=timeout_s))
 
-        async def ask() -> dict[str, Any]:
-            await begun.wait()
-            return await self._api.hook_report(timeout_s=timeout_s)
-
-        done, said = await asyncio.gather(give(), ask(), return_exceptions=True)
-        if isinstance(done, BaseException):
-            raise done
-        if isinstance(said, BaseException) or said.get("transaction") != self._transaction_id:
-            return await self._api.hook_report(timeout_s=self._call_timeout_s)
-        return said
+        try:
+            await self._api.receive_order(
+                handles, load_format=load_format, opening=self._opening, begins=begins, timeout_s=timeout_s
+            )
+            assert reporting is not None
+            with contextlib.suppress(EngineFault):
+                said = await reporting
+                if said.get("transaction") == self._transaction_id:
+                    return said
+        finally:
+            if reporting is not None:
+                reporting.cancel()
+                await asyncio.gather(reporting, return_exceptions=True)
+        return await self._api.hook_report(timeout_s=self._call_timeout_s)
 
     async def verify(self, last_tensor: str, *, with_checksum: bool) -> str:
         """Closes its session, waits until its weights are written, and returns their checksum, if it has one.
@@ -310,7 +308,7 @@ class Member:
             if self._paused:
                 await self._api.resume()
         elif self._paused:
-            await self._api.set_version_and_resume(text)
+            await self._api.in_turn(naming(text), RESUMING)
         else:  # told to flush, SGLang would hand its allocator's memory back to the driver, which takes time
             await self._api.set_version(text)
         self._require_present()

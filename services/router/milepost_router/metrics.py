@@ -127,7 +127,8 @@ TRANSACTION_SECONDS = Spec(
     labels=("phase",),
     unit="s",
     when_bad="prepare: engines join the group slowly; transfer: the transport, or the trainer's gathering; "
-    "verify: checksums (verify_checksum); pause, commit: an engine's admin calls; publish: the ledger's disk",
+    "verify: checksums (verify_checksum); pause, commit: an engine's admin calls (where they travel with an "
+    "order, the pause is in transfer); publish: the ledger's disk",
 )
 TRANSACTION_BYTES = Spec(
     "milepost_transaction_bytes",

@@ -191,7 +191,8 @@ class Transaction:
         first = self.phase is Phase.PREPARED
         if first:
             by_hook = header.whole and all(handles.load_format for handles in header.handles)
-            broken = await self._open_members(at_once=by_hook)
+            on_disk = self.plan.request.transport is Transport.DISK
+            broken = await self._open_members(at_once=by_hook and not on_disk)
             if broken:
                 return broken
             self._clock.enter("transfer")

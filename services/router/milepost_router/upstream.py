@@ -15,7 +15,7 @@ in the pool's one receive buffer, where a reply that came in one piece is parsed
                   └──────── anything else: read again by the full parser, body copied piece by piece
 
 Requests whose order matters may be sent at once (`replies`): an engine answers those of one connection in
-turn. What is waited for is then the last reply; those before it are kept whole in `earlier`.
+turn. `reply()` is then the last one; those before it are kept whole, for `earlier_reply`.
 
 A connection carries one exchange at a time and belongs to whoever has it from the pool. `abort(error)` ends
 the exchange from outside (deadline, client gone, engine given up): whoever waits gets that error, and the
@@ -155,7 +155,6 @@ class Connection(asyncio.BufferedProtocol):
         self._gathers = False
         self._heads_only = True
         self._awaited = 1
-        self._before_last: Callable[[], None] | None = None
         self.earlier: list[tuple[int, bytes]] = []
         self.complete = False
         self._keep_alive = False
@@ -169,17 +168,12 @@ class Connection(asyncio.BufferedProtocol):
         """Requests may be sent over it."""
         return self._error is None and self._transport is not None and not self._transport.is_closing()
 
-    def send(
-        self, head: bytes, body: bytes, *, replies: int = 1, before_last: Callable[[], None] | None = None
-    ) -> None:
-        """Writes one request, or as many as replies are awaited, and forgets the reply before it.
-
-        Of several, `before_last` is called once the last alone is not answered yet.
-        """
+    def send(self, head: bytes, body: bytes, *, replies: int = 1) -> None:
+        """Writes one request, or as many as replies are awaited, and forgets the reply before it."""
         if self._error is not None or self._transport is None:
             raise self._error or Died("the connection is closed")
         self._begin()
-        self._awaited, self._before_last = replies, before_last
+        self._awaited = replies
         if len(body) < 65536:
             self._transport.write(head + body)
         else:
@@ -210,6 +204,20 @@ class Connection(asyncio.BufferedProtocol):
                 raise self._error
             await self._wait()
         return self._reply
+
+    async def earlier_reply(self, index: int) -> tuple[int, bytes] | None:
+        """Status and body of a reply before the last; None: the one before it ended with the connection.
+
+        Raises:
+          UpstreamError: as `reply`.
+        """
+        while len(self.earlier) <= index:
+            if self.complete:
+                return None
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+        return self.earlier[index]
 
     async def chunk(self) -> bytes:
         """The next piece of the body, b"" at its end.
@@ -376,8 +384,7 @@ class Connection(asyncio.BufferedProtocol):
             self._headers, self._reply, self._gathers = [], None, False
             self._chunks.clear()
             self._unread = 0
-            if self._awaited == 1 and self._before_last is not None:
-                self._before_last()
+            self._wake()
             return
         parser = self._head_parser if self._heads_only else self._full_parser
         self.complete = True

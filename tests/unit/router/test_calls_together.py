@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from milepost_router.engine_api import EngineApi, EngineBroken, EngineRefused, naming
+from milepost_router.engine_api import RESUMING, EngineApi, EngineBroken, EngineRefused, naming
 from milepost_router.record import EngineRecord
 from milepost_router.upstream import Pool
 
@@ -28,7 +28,7 @@ class Engine:
     """Answers by a script, a connection a line of it, and hangs up at the line's end."""
 
     def __init__(self, script: Script) -> None:
-        self.script, self.asked = script, list[list[str]]()
+        self.script, self.asked, self.stays = script, list[list[str]](), False
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked: list[str] = []
@@ -42,6 +42,8 @@ class Engine:
             writer.write(piece)
             await writer.drain()
             await asyncio.sleep(0)
+        if self.stays:
+            await reader.read()  # until the router hangs up
         writer.close()
 
 
@@ -64,6 +66,7 @@ async def engine_of() -> AsyncIterator[Callable[[Script], Awaitable[tuple[Engine
         server.close()
 
 
+CALLS = (naming("run/2/1"), RESUMING)
 WHOLE = reply() + reply(b'{"status": "ok"}')
 
 
@@ -79,33 +82,33 @@ WHOLE = reply() + reply(b'{"status": "ok"}')
 )
 async def test_both_are_asked_at_once_and_answered_in_turn(engine_of, pieces: list[bytes]):
     engine, api = await engine_of([pieces])
-    await api.set_version_and_resume("run/2/1")
+    await api.in_turn(*CALLS)
     assert engine.asked == [[NAMED, RESUMED]]
 
 
 @pytest.mark.parametrize("more", [CLOSES, ""], ids=["announced", "unannounced"])
 async def test_who_hangs_up_in_between_is_asked_for_the_rest(engine_of, more: str):
     engine, api = await engine_of([[reply(more=more)], [reply()]])
-    await api.set_version_and_resume("run/2/1")
+    await api.in_turn(*CALLS)
     assert engine.asked == [[NAMED, RESUMED], [RESUMED]]
 
 
 async def test_the_first_that_failed_is_told_of(engine_of):
     _, api = await engine_of([[reply(b'{"message": "no"}', status="400 Bad Request") + reply()]])
     with pytest.raises(EngineRefused, match=rf"e: POST {NAMED}: HTTP 400: no"):
-        await api.set_version_and_resume("run/2/1")
+        await api.in_turn(*CALLS)
 
 
 async def test_the_second_that_failed_is_told_of(engine_of):
     _, api = await engine_of([[reply() + reply(b"boom", status="500 Internal Server Error")]])
     with pytest.raises(EngineBroken, match=rf"e: POST {RESUMED}: HTTP 500: boom"):
-        await api.set_version_and_resume("run/2/1")
+        await api.in_turn(*CALLS)
 
 
 async def test_who_never_answers_the_rest_is_broken(engine_of):
     _, api = await engine_of([[reply()], []])
     with pytest.raises(EngineBroken, match=rf"e: POST {RESUMED}: the engine closed the connection"):
-        await api.set_version_and_resume("run/2/1")
+        await api.in_turn(*CALLS)
 
 
 ORDER = "/update_weights_from_tensor"
@@ -124,8 +127,31 @@ async def test_an_order_is_told_to_begin_when_all_before_it_are_answered(engine_
     assert begun.is_set()
 
 
-async def test_an_order_that_may_have_begun_is_not_given_again(engine_of):
-    engine, api = await engine_of([[reply()], [reply()]])
+@pytest.mark.parametrize(
+    "last", [reply(), b'HTTP/1.1 200 OK\r\n\r\n{"success": true}'], ids=["whole", "ends with its connection"]
+)
+async def test_an_order_that_may_have_begun_is_not_given_again(engine_of, last: bytes):
+    engine, api = await engine_of([[last], [reply()]])
     with pytest.raises(EngineBroken, match=rf"e: POST {ORDER}: the engine closed the connection"):
         await give_order(api, lambda: None)
     assert engine.asked == [[NAMED, ORDER]]
+
+
+async def test_each_call_has_its_own_deadline_and_is_named(engine_of):
+    """The order may last; what comes before it may not."""
+    engine, api = await engine_of([[reply(), b""], []])
+    engine.stays = True
+    api = EngineApi(api._pool, api._record, timeout_s=0.2)
+    with pytest.raises(EngineBroken, match=rf"e: POST {ORDER}: no answer within 0.4 s") as late:
+        await api.receive_order(
+            ["o"], load_format="l", opening=[naming("t")], begins=lambda: None, timeout_s=0.4
+        )
+    assert not late.value.gone
+    engine, api = await engine_of([[]])
+    engine.stays = True
+    api = EngineApi(api._pool, api._record, timeout_s=0.2)
+    with pytest.raises(EngineBroken, match=rf"e: POST {NAMED}: no answer within 0.2 s") as silent:
+        await api.receive_order(
+            ["o"], load_format="l", opening=[naming("t")], begins=lambda: None, timeout_s=3600.0
+        )
+    assert silent.value.gone

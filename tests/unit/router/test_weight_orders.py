@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -139,6 +140,32 @@ async def test_an_engine_whose_loader_failed_is_quarantined_alone(bench, tools, 
     committed = await tools.commit(bench, prepared, num_buckets=1)
     assert committed.serving == ("b",)
     assert bench.states() == {"a": "QUARANTINED", "b": "SERVING"}
+
+
+@pytest.mark.parametrize("step", ["update_weight_version", "pause_generation"])
+async def test_an_engine_that_is_silent_before_its_order_costs_the_others_one_call(
+    step: str, tools, fake_engine
+):
+    bench = tools.bench(verify_checksum=False, bucket_timeout_s=3600.0, call_timeout_s=0.3)
+    for name in ("a", "b"):
+        fake = await fake_engine(name)
+        Loader(fake)
+        bench.join(
+            fake, engine="sglang 0.5.17", update_session=False, version_spans=False, weight_hook=WEIGHT_HOOK
+        )
+        bench.fleet.request_started(bench.record(name))
+    bench.engines["a"].hang(step)
+    try:
+        prepared = await prepare(bench, tools)
+        async with asyncio.timeout(60):
+            ack = await bench.transactions.find(prepared.transaction_id).take(order(prepared))
+        assert {a.engine_id: a.ok for a in ack.acks} == {"a": False, "b": True}
+        assert f"POST /{step}: no answer within 0.3 s" in ack.acks[0].message
+        assert (await tools.commit(bench, prepared, num_buckets=1)).serving == ("b",)
+        assert bench.states() == {"a": "QUARANTINED", "b": "SERVING"}
+    finally:
+        await bench.transactions.close()
+        bench.pool.close()
 
 
 async def test_an_engine_that_gives_no_report_has_failed(bench, tools):
