@@ -223,7 +223,10 @@ class Machine(RuleBasedStateMachine):
 
     def lease_this(self, step: int) -> str:
         """Leases a step on both sides; returns "leased", "pending" or "finished"."""
+        kept = set(self.model.steps)
         expected = self.model.lease_step(step)
+        for moved in kept - set(self.model.steps):  # to this step, which had others before the gap
+            self.history[step] = self.history.pop(moved)
         try:
             found = self.do(
                 self.ledger.steps.lease(self.run_id, consumer_id="trainer", term=self.model.term, step=step)
