@@ -98,9 +98,8 @@ def _read_lines(path: Path, run_id: str) -> Witness:
             accepted += row["accepted"]
         elif "prompt_ids" in row:
             step, term = int(row["step"]), int(row.get("term", newest_term))
-            if (
-                term > newest_term
-            ):  # a trainer that resumed: what was behind its checkpoint is as if never trained
+            if term > newest_term:
+                # A trainer that resumed: what was behind its checkpoint is as if never trained.
                 newest_term = term
                 steps = {each: kept for each, kept in steps.items() if each < step}
             steps[step] = _step(row)  # a step that was trained again: the last one stands

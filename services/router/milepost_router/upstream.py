@@ -123,7 +123,6 @@ class Connection(asyncio.BufferedProtocol):
       reused: a request was sent over it before.
       idle_since: nobody uses it since then; None: somebody does.
       complete: the whole reply is there.
-      earlier: replies, status and body, to requests that were sent together with the last one.
     """
 
     def __init__(self, origin: str, intake: Intake, forget: Callable[[Connection], None]) -> None:
@@ -155,7 +154,7 @@ class Connection(asyncio.BufferedProtocol):
         self._gathers = False
         self._heads_only = True
         self._awaited = 1
-        self.earlier: list[tuple[int, bytes]] = []
+        self._earlier: list[tuple[int, bytes]] = []
         self.complete = False
         self._keep_alive = False
         self._got_bytes = False
@@ -211,13 +210,13 @@ class Connection(asyncio.BufferedProtocol):
         Raises:
           UpstreamError: as `reply`.
         """
-        while len(self.earlier) <= index:
+        while len(self._earlier) <= index:
             if self.complete:
                 return None
             if self._error is not None:
                 raise self._error
             await self._wait()
-        return self.earlier[index]
+        return self._earlier[index]
 
     async def chunk(self) -> bytes:
         """The next piece of the body, b"" at its end.
@@ -380,7 +379,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         if self._awaited > 1:
             self._awaited -= 1
-            self.earlier.append((self._reply.status, b"".join(self._chunks)))
+            self._earlier.append((self._reply.status, b"".join(self._chunks)))
             self._headers, self._reply, self._gathers = [], None, False
             self._chunks.clear()
             self._unread = 0

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from loop_clock import skip
 from milepost_router.engine_api import RESUMING, EngineApi, EngineBroken, EngineRefused, naming
 from milepost_router.record import EngineRecord
 from milepost_router.upstream import Pool
@@ -25,10 +26,12 @@ Script = list[list[bytes]]
 
 
 class Engine:
-    """Answers by a script, a connection a line of it, and hangs up at the line's end."""
+    """Answers by a script, a connection a line of it, and hangs up at the line's end, unless it stays."""
 
-    def __init__(self, script: Script) -> None:
-        self.script, self.asked, self.stays = script, list[list[str]](), False
+    def __init__(self, script: Script, *, stays: bool) -> None:
+        self.script, self.stays = script, stays
+        self.asked: list[list[str]] = []
+        self.heard = asyncio.Event()
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked: list[str] = []
@@ -38,6 +41,7 @@ class Engine:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             asked.append(head.split()[1])
             await reader.readexactly(int(head.lower().split("content-length: ")[1].split()[0]))
+        self.heard.set()
         for piece in self.script[len(self.asked) - 1]:
             writer.write(piece)
             await writer.drain()
@@ -48,17 +52,19 @@ class Engine:
 
 
 @pytest.fixture
-async def engine_of() -> AsyncIterator[Callable[[Script], Awaitable[tuple[Engine, EngineApi]]]]:
+async def engine_of() -> AsyncIterator[Callable[..., Awaitable[tuple[Engine, EngineApi]]]]:
     """Starts engines that answer by a script, until the test ends."""
     servers: list[asyncio.Server] = []
     pool = Pool()
 
-    async def start(script: Script) -> tuple[Engine, EngineApi]:
-        engine = Engine(script)
+    async def start(
+        script: Script, *, timeout_s: float = 60.0, stays: bool = False
+    ) -> tuple[Engine, EngineApi]:
+        engine = Engine(script, stays=stays)
         servers.append(await asyncio.start_server(engine.talk, "127.0.0.1", 0))
         port = servers[-1].sockets[0].getsockname()[1]
         record = EngineRecord(engine_id="e", url=f"http://127.0.0.1:{port}")
-        return engine, EngineApi(pool, record, timeout_s=60.0)
+        return engine, EngineApi(pool, record, timeout_s=timeout_s)
 
     yield start
     pool.close()
@@ -139,19 +145,19 @@ async def test_an_order_that_may_have_begun_is_not_given_again(engine_of, last: 
 
 async def test_each_call_has_its_own_deadline_and_is_named(engine_of):
     """The order may last; what comes before it may not."""
-    engine, api = await engine_of([[reply(), b""], []])
-    engine.stays = True
-    api = EngineApi(api._pool, api._record, timeout_s=0.2)
-    with pytest.raises(EngineBroken, match=rf"e: POST {ORDER}: no answer within 0.4 s") as late:
-        await api.receive_order(
-            ["o"], load_format="l", opening=[naming("t")], begins=lambda: None, timeout_s=0.4
+    opening = [naming("updating/t")]
+    for script, called, limit_s, gone in (([reply()], ORDER, 7200, False), ([], NAMED, 3600, True)):
+        engine, api = await engine_of([script], timeout_s=3600.0, stays=True)
+        begun = asyncio.Event()
+        giving = asyncio.create_task(
+            api.receive_order(["o"], load_format="l", opening=opening, begins=begun.set, timeout_s=7200.0)
         )
-    assert not late.value.gone
-    engine, api = await engine_of([[]])
-    engine.stays = True
-    api = EngineApi(api._pool, api._record, timeout_s=0.2)
-    with pytest.raises(EngineBroken, match=rf"e: POST {NAMED}: no answer within 0.2 s") as silent:
-        await api.receive_order(
-            ["o"], load_format="l", opening=[naming("t")], begins=lambda: None, timeout_s=3600.0
-        )
-    assert silent.value.gone
+        await (begun if script else engine.heard).wait()
+        skip(limit_s - 600)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not giving.done()
+        skip(600)
+        with pytest.raises(EngineBroken, match=rf"e: POST {called}: no answer within {limit_s} s") as late:
+            await giving
+        assert late.value.gone == gone

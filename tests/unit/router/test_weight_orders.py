@@ -160,7 +160,7 @@ async def test_an_engine_that_is_silent_before_its_order_costs_the_others_one_ca
         async with asyncio.timeout(60):
             ack = await bench.transactions.find(prepared.transaction_id).take(order(prepared))
         assert {a.engine_id: a.ok for a in ack.acks} == {"a": False, "b": True}
-        assert f"POST /{step}: no answer within 0.3 s" in ack.acks[0].message
+        assert "no answer within 0.3 s" in ack.acks[0].message
         assert (await tools.commit(bench, prepared, num_buckets=1)).serving == ("b",)
         assert bench.states() == {"a": "QUARANTINED", "b": "SERVING"}
     finally:
