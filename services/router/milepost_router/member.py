@@ -8,8 +8,12 @@ From the moment that it is told to enter a collective until it has proven that i
 hang there, and no call gets SGLang out of it again. Where the transaction fails meanwhile, it is `stuck`:
 QUARANTINED until it has been started again, which its launcher does by the router's order.
 
+Where our loader takes all weights by one order, `open` sends nothing: the calls that mark and pause the
+engine go with the order (`_opening`), and are done before it on the same connection (ADR 22). If one of them
+fails, the order may have been carried out all the same, so the member counts as touched.
+
 A call that fails raises EngineFault; the transaction decides what that means for the others. Only `serve`,
-`put_back` and `fail` change the fleet, and each of them settles the engine.
+`put_back` and `fail` settle the engine in the fleet.
 """
 
 from __future__ import annotations
