@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it tells of every fork that it is not told of
 
 import uvloop
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from milepost_common.process import die_with_parent
 
 START_S = 150.0
 STOP_S = 60.0
+STATUS_S = 5.0
 
 
 class ChildFailed(Exception):
@@ -45,7 +47,13 @@ class Child:
                         return match[match.lastindex or 0]
         except TimeoutError:
             raise self.failed(f"not ready within {within_s:g} s") from None
-        raise self.failed("ended before it was ready")
+        raise self.failed(f"ended before it was ready, exit status {await self._status()}")
+
+    async def _status(self) -> int | None:
+        """Its exit status, negative where a signal ended it; None where it has only closed its output."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), STATUS_S)
+        return self._process.returncode
 
     def address(self, kind: str) -> str:
         """The address of that kind in the readiness line."""

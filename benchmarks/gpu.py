@@ -30,8 +30,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
 import torch
 import uvloop
 
