@@ -318,6 +318,7 @@ def _sort(plan: Plan, copies: Copies) -> None:
         if target.nbytes >= LARGE_BYTES or not (target.is_contiguous() and source.is_contiguous()):
             plan.large.append((target, source))
         elif target.numel():
+            target, source = _widened(target, source)
             targets, sources = groups.setdefault((target.dtype, source.dtype), ([], []))
             targets.append(target)
             sources.append(source)
@@ -342,6 +343,18 @@ def _joined(
         last = pair
     if last is not None:
         yield last
+
+
+def _widened(target: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as 8-byte integers where they can be: the kernel moves an element at a time."""
+    both = target.reshape(-1), source.reshape(-1)
+    if target.dtype != source.dtype or not all(map(_is_wide, both)):
+        return target, source
+    return both[0].view(torch.int64), both[1].view(torch.int64)
+
+
+def _is_wide(flat: torch.Tensor) -> bool:
+    return not (flat.nbytes % 8 or flat.data_ptr() % 8 or flat.storage_offset() * flat.itemsize % 8)
 
 
 def _goes_on(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -151,8 +151,30 @@ def test_neighbours_are_copied_at_once():
     plan = weight_hook.make_plan(model, "a", {n: (x, x.dtype) for n, x in trainer.held.items()})
     (targets, _), *others = plan.small
     assert not others
-    assert sorted(t.numel() for t in targets) == sorted([HIDDEN, HIDDEN * HEADS, 3 * HIDDEN * HEADS, 80])
+    elements = sorted([HIDDEN, HIDDEN * HEADS, 3 * HIDDEN * HEADS, 80])
+    assert sorted(t.nbytes for t in targets) == [4 * n for n in elements]
+    assert {t.dtype for t in targets} == {torch.int64}, "two elements at a time"
     assert plan.refused == ""
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 4), (4, 4), (0, 3), (1, 4), (2, 8), (3, 5)])
+def test_elements_are_copied_where_they_lie_however_they_are_aligned(first: int, count: int):
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(count, dtype=torch.bfloat16), requires_grad=False)
+
+        def load_weights(self, weights: Any) -> None:
+            for _, loaded in weights:
+                self.w.data.copy_(loaded)
+
+    held, model = torch.zeros(12, dtype=torch.bfloat16), Flat()
+    mine = held[first : first + count]
+    plan = weight_hook.make_plan(model, "a", {"w": (mine, mine.dtype)})
+    held.copy_(torch.arange(12) + 1)
+    plan.run(model)
+    assert plan.refused == ""
+    assert model.w.tolist() == list(range(first + 1, first + count + 1))
 
 
 def test_a_loader_that_computes_is_asked_each_time():
