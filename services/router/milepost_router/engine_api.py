@@ -149,8 +149,9 @@ class EngineApi:
         await self.in_turn(naming(text))
 
     async def in_turn(self, *calls: Call) -> None:
-        """Makes calls that are sent at once and done in this order; the first that failed is raised."""
-        self._judge_all(calls, await self._ask(*calls))
+        """Makes calls, if any, that are sent at once and done in this order; raises what failed first."""
+        if calls:
+            self._judge_all(calls, await self._ask(*calls))
 
     async def begin_update(self) -> None:
         """Opens its update session."""
@@ -195,6 +196,7 @@ class EngineApi:
         opening: Sequence[Call],
         begins: Callable[[], None],
         timeout_s: float,
+        names: str = "",
     ) -> None:
         """Does an order, one a tensor-parallel rank, by our loader in it, which `load_format` names.
 
@@ -204,8 +206,10 @@ class EngineApi:
           opening: calls that come before it; all are sent at once, and done in this order.
           begins: called when it begins.
           timeout_s: from then on; what comes before it has the usual deadlines.
+          names: the version string it has when our loader is through, whether that did its work or not;
+            empty: it keeps the one that it has.
         """
-        calls = (*opening, _taking(handles, load_format))
+        calls = (*opening, _taking(handles, load_format, names=names))
         self._judge_all(calls, await self._ask(*calls, timeout_s=timeout_s, once=True, begins=begins))
 
     async def hook_report(self, *, timeout_s: float) -> dict[str, Any]:
@@ -358,13 +362,15 @@ def pausing(mode: str) -> Call:
     return "POST", _PAUSE, {"mode": mode}
 
 
-def _taking(handles: Sequence[str], load_format: str) -> Call:
-    body = {
+def _taking(handles: Sequence[str], load_format: str, *, names: str = "") -> Call:
+    body: dict[str, Any] = {
         "serialized_named_tensors": list(handles),
         "load_format": load_format,
         "flush_cache": False,
         "abort_all_requests": False,
     }
+    if names:
+        body["weight_version"] = names
     return "POST", "/update_weights_from_tensor", body
 
 
