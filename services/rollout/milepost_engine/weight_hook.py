@@ -28,7 +28,6 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -41,10 +40,11 @@ log = logging.getLogger(__name__)
 REPORT, CHECKSUM = "milepost.report", "milepost.checksum"
 STAMP = "stamp"
 LARGE_BYTES = 16 << 20
-"""From here on a copy is the driver's own; smaller ones go together in one kernel."""
-LANES = 4
-"""Streams that large copies are dealt to: one ends while another is in full flow."""
+"""From here on a tensor is copied by itself, where the kernel does not take it; smaller ones go together."""
+BLOCK_WORDS = 4096
+"""What one program of the kernel copies at most, in words of 8 bytes."""
 _CHUNK = 1 << 24
+_WORD = 8
 
 Copies = list[tuple[torch.Tensor, torch.Tensor]]
 _copy_many: Any = getattr(torch, "_foreach_copy_")  # noqa: B009  (one kernel for many tensors; torch has no other)
@@ -103,13 +103,15 @@ class Plan:
       layout: its name.
       sources: the trainer's tensors by name, and the dtypes in which the loader is to see them.
       stamp: where the trainer writes the stamp of its order; None: it does not.
-      large, small: what is copied where, singly and in groups of one pair of dtypes.
+      table: what one kernel copies (see `copy_kernel`): what needs no cast, on a GPU; None: nothing.
+      large, small: what else is copied where, singly and in groups of one pair of dtypes.
       refused: why the model's own loader is used instead; empty: it is not.
     """
 
     layout: str
     sources: dict[str, tuple[torch.Tensor, torch.dtype]]
     stamp: torch.Tensor | None = None
+    table: torch.Tensor | None = None
     large: Copies = field(default_factory=Copies)
     small: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = field(
         default_factory=list[tuple[list[torch.Tensor], list[torch.Tensor]]]
@@ -119,16 +121,21 @@ class Plan:
     @property
     def num_copies(self) -> int:
         """Copies that are enqueued."""
-        return len(self.large) + len(self.small)
+        return len(self.large) + len(self.small) + (self.table is not None)
 
     def run(self, model: nn.Module) -> None:
         """Writes the model's weights; returns once copies are enqueued."""
         if self.refused:
             load_weights(model, self.sources)
             return
+        if self.table is not None:
+            from milepost_engine import copy_kernel  # Triton is there wherever SGLang has a GPU
+
+            copy_kernel.run(self.table, block=BLOCK_WORDS)
         for targets, sources in self.small:
             _copy_many(targets, sources, non_blocking=True)
-        _copy_beside(self.large)
+        for target, origin in self.large:
+            target.copy_(origin, non_blocking=True)
 
 
 @dataclass
@@ -232,7 +239,7 @@ def make_plan(model: nn.Module, layout: str, sources: dict[str, tuple[torch.Tens
     plan.refused = recorder.refused
     if not plan.refused:
         _sort(plan, recorder.copies)
-        plan.refused = _disproof(model, plan)
+        plan.refused = _disproof(model, plan, [target for target, _ in recorder.copies])
     if plan.refused:
         log.warning("this model is loaded by its own loader each time: %s", plan.refused)
     return plan
@@ -312,17 +319,59 @@ def _only_looks(func: Any) -> bool:
 
 
 def _sort(plan: Plan, copies: Copies) -> None:
-    """Puts neighbours together, and the small ones into groups."""
+    """Puts neighbours together, then what one kernel can take, and the small ones into groups."""
     groups: dict[tuple[torch.dtype, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-    for target, source in _joined(copies):
+    plan.table, others = _tabled(list(_joined(copies)))
+    for target, source in others:
         if target.nbytes >= LARGE_BYTES or not (target.is_contiguous() and source.is_contiguous()):
             plan.large.append((target, source))
         elif target.numel():
-            target, source = _widened(target, source)
             targets, sources = groups.setdefault((target.dtype, source.dtype), ([], []))
             targets.append(target)
             sources.append(source)
     plan.small.extend(groups.values())
+
+
+def _tabled(copies: Copies) -> tuple[torch.Tensor | None, Copies]:
+    """The kernel's table, and what it cannot copy: all of it without a GPU, or a Triton that works."""
+    if not copies or copies[0][0].device.type != "cuda":
+        return None, copies
+    try:
+        from milepost_engine import copy_kernel
+
+        rows = [_rows(target, source) for target, source in copies]
+        table = torch.cat(rows).to(copies[0][0].device)
+        if len(table) == 0:
+            return None, copies
+        copy_kernel.run(table, block=BLOCK_WORDS)  # compiled now; what it writes is there already
+        return table, [pair for pair, each in zip(copies, rows, strict=True) if len(each) == 0]
+    except Exception as error:
+        log.warning("tensors are copied one by one, not by one kernel: %s: %s", type(error).__name__, error)
+        return None, copies
+
+
+def _rows(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Rows of the kernel's table, [n, 3], for a copy between tensors of one shape.
+
+    None at all where words cannot stand for it: a cast, a place that is not aligned, scattered elements.
+    """
+    none = torch.empty((0, 3), dtype=torch.int64)
+    if target.dtype != source.dtype or target.numel() == 0:
+        return none
+    if target.is_contiguous() and source.is_contiguous():
+        target, source = target.reshape(1, -1), source.reshape(1, -1)
+    elif target.dim() != 2 or target.stride(1) != 1 or source.stride(1) != 1:
+        return none
+    size = target.shape[1] * target.itemsize
+    steps = [x.stride(0) * x.itemsize for x in (source, target)]
+    starts = [x.data_ptr() for x in (source, target)]
+    if any(number % _WORD for number in (size, *steps, *starts)):
+        return none
+    lines = torch.arange(target.shape[0], dtype=torch.int64)[:, None]
+    at = torch.arange(0, size, _WORD * BLOCK_WORDS, dtype=torch.int64)[None, :]
+    words = ((size - at) // _WORD).clamp(max=BLOCK_WORDS).expand(len(lines), -1)
+    places = [start + step * lines + at for start, step in zip(starts, steps, strict=True)]
+    return torch.stack([*places, words], dim=-1).reshape(-1, 3)
 
 
 def _joined(
@@ -345,18 +394,6 @@ def _joined(
         yield last
 
 
-def _widened(target: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as 8-byte integers where they can be: the kernel moves an element at a time."""
-    both = target.reshape(-1), source.reshape(-1)
-    if target.dtype != source.dtype or not all(map(_is_wide, both)):
-        return target, source
-    return both[0].view(torch.int64), both[1].view(torch.int64)
-
-
-def _is_wide(flat: torch.Tensor) -> bool:
-    return not (flat.nbytes % 8 or flat.data_ptr() % 8 or flat.storage_offset() * flat.itemsize % 8)
-
-
 def _goes_on(first: torch.Tensor, second: torch.Tensor) -> bool:
     return (
         first.dtype == second.dtype
@@ -367,31 +404,8 @@ def _goes_on(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
-def _copy_beside(copies: Copies) -> None:
-    """Large copies, on streams beside one another; what comes next on the current one waits for them."""
-    if len(copies) < 2 or copies[0][0].device.type != "cuda":
-        for target, origin in copies:
-            target.copy_(origin, non_blocking=True)
-        return
-    current, lanes = torch.cuda.current_stream(), _lanes(copies[0][0].device.index)
-    for lane in lanes:
-        lane.wait_stream(current)
-    for index, lane in enumerate(lanes):
-        with torch.cuda.stream(lane):
-            for target, origin in copies[index::LANES]:
-                target.copy_(origin, non_blocking=True)
-    for lane in lanes:
-        current.wait_stream(lane)
-
-
-@cache
-def _lanes(device_index: int) -> tuple[torch.cuda.Stream, ...]:
-    return tuple(torch.cuda.Stream(device_index) for _ in range(LANES))
-
-
-def _disproof(model: nn.Module, plan: Plan) -> str:
+def _disproof(model: nn.Module, plan: Plan, targets: Sequence[torch.Tensor]) -> str:
     """Why a plan does not do what the loader did; empty: it does. The weights are right afterwards."""
-    targets = [target for target, _ in plan.large] + [x for targets, _ in plan.small for x in targets]
     written = _written(model, targets)
     expected = _sum(written)
     for target in targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from typing import Any
 
@@ -151,30 +152,8 @@ def test_neighbours_are_copied_at_once():
     plan = weight_hook.make_plan(model, "a", {n: (x, x.dtype) for n, x in trainer.held.items()})
     (targets, _), *others = plan.small
     assert not others
-    elements = sorted([HIDDEN, HIDDEN * HEADS, 3 * HIDDEN * HEADS, 80])
-    assert sorted(t.nbytes for t in targets) == [4 * n for n in elements]
-    assert {t.dtype for t in targets} == {torch.int64}, "two elements at a time"
+    assert sorted(t.numel() for t in targets) == sorted([HIDDEN, HIDDEN * HEADS, 3 * HIDDEN * HEADS, 80])
     assert plan.refused == ""
-
-
-@pytest.mark.parametrize(("first", "count"), [(0, 4), (4, 4), (0, 3), (1, 4), (2, 8), (3, 5)])
-def test_elements_are_copied_where_they_lie_however_they_are_aligned(first: int, count: int):
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(count, dtype=torch.bfloat16), requires_grad=False)
-
-        def load_weights(self, weights: Any) -> None:
-            for _, loaded in weights:
-                self.w.data.copy_(loaded)
-
-    held, model = torch.zeros(12, dtype=torch.bfloat16), Flat()
-    mine = held[first : first + count]
-    plan = weight_hook.make_plan(model, "a", {"w": (mine, mine.dtype)})
-    held.copy_(torch.arange(12) + 1)
-    plan.run(model)
-    assert plan.refused == ""
-    assert model.w.tolist() == list(range(first + 1, first + count + 1))
 
 
 def test_a_loader_that_computes_is_asked_each_time():
@@ -267,3 +246,37 @@ def test_the_checksum_tells_places_apart():
     model.norm[0], model.norm[1] = 2.0, 1.0
     assert len({before, one, weight_hook.checksum(model)}) == 3
     assert weight_hook.checksum(model) == weight_hook.checksum(model)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pick", "rows"),
+    [
+        ((64,), slice(None), 1),
+        ((40_000,), slice(None), 3),
+        ((6, 40), (slice(1, 4), slice(None)), 1),
+        ((6, 40), (slice(None), slice(8, 24)), 6),
+        ((4, 40_000), (slice(None), slice(4, 39_996)), 12),
+    ],
+    ids=["one row", "several blocks", "whole lines", "parts of lines", "blocks of parts"],
+)
+def test_rows_of_words_stand_for_a_copy(shape: tuple[int, ...], pick: Any, rows: int):
+    """As the kernel does it, by address."""
+    source, target = torch.randn(shape).to(torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)
+    wanted = torch.zeros_like(target)
+    wanted[pick] = source[pick]
+    table = weight_hook._rows(target[pick], source[pick])
+    assert len(table) == rows
+    for origin, to, words in table.tolist():
+        assert 0 < words <= weight_hook.BLOCK_WORDS
+        ctypes.memmove(to, origin, 8 * words)
+    assert torch.equal(target, wanted)
+
+
+def test_rows_of_words_do_not_stand_for_a_cast_or_what_is_not_aligned():
+    wide, narrow = torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.bfloat16)
+    other = torch.zeros_like(narrow)
+    assert len(weight_hook._rows(narrow, wide)) == 0
+    assert len(weight_hook._rows(narrow[:, 1:5], other[:, 1:5])) == 0, "begins in the middle of a word"
+    assert len(weight_hook._rows(narrow[:, :6], other[:, :6])) == 0, "ends in the middle of one"
+    assert len(weight_hook._rows(narrow.T, other)) == 0
+    assert len(weight_hook._rows(narrow[:0], other[:0])) == 0
