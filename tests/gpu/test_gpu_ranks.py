@@ -59,7 +59,6 @@ async def test_every_rank_of_an_engine_gets_the_weights_of_every_rank_of_the_tra
         str(warm.parent / "data" / "train.jsonl"),
         "--stay",
         run={"groups_per_step": GROUPS, "samples_per_prompt": 8, "max_staleness": 2, "lease_ttl_s": 60.0},
-        router={"verify_checksum": False},  # so that orders by cuda_ipc name what they bring; log-probs judge
         up={"engines": 1, "engine_gpus": [case["engine"]], "trainer_gpus": case["trainer"]},
         engine={"backend": "sglang", "shutdown_timeout_s": 20.0},
         engine__sglang=SGLANG

@@ -23,7 +23,7 @@ RESERVED, PUBLISHED, VOID = "reserved", "published", "void"
 MIXED, MARKED = 0, 0
 """Weights that are nobody's, and the name that says so."""
 AFTER, RESUME, NAME, COPY = "publish, then resume", "beside resuming", "beside naming", "beside the copy"
-_STEPS = ("open", "marked", "failed", "written", "named", "resumed")
+_STEPS = ("open", "marked", "written", "named", "resumed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,6 @@ class Rules:
       seal_asks_the_ledger: a seal with a version that is not published is refused.
       newborn_asks_the_ledger: a router that starts admits a reserved version only by publishing it.
       resume_names_first: an engine goes on only under the name of what it holds.
-      order_names: the order to take the weights brings their name, and the engine bears it once our loader
-        has come to its end, whether it did its work or not; the router asks for that (ADR 25).
-      look_asks_the_loader: a name whose loader says that it failed is not trusted, but taken back.
       faults: how many of (routers killed, transfers that fail, buffers away) there are at most.
     """
 
@@ -51,8 +48,6 @@ class Rules:
     seal_asks_the_ledger: bool = True
     newborn_asks_the_ledger: bool = True
     resume_names_first: bool = True
-    order_names: bool = False
-    look_asks_the_loader: bool = True
     faults: int = 2
 
 
@@ -84,7 +79,6 @@ class State:
       versions: of the ledger; the first has number 1.
       term, newest: of the ledger.
       weights, name, paused: of the engine.
-      spoilt: what its loader says of its last order: it failed.
       up, serves: the router runs; the version at which its fleet has the engine, 0: STALE.
       version, step: of its transaction, 0: none.
       call: PublishVersion: "", "under way", "done", "refused", "away".
@@ -100,7 +94,6 @@ class State:
     weights: int = 1
     name: int = 1
     paused: bool = False
-    spoilt: bool = False
     up: bool = True
     serves: int = 1
     version: int = 0
@@ -201,24 +194,11 @@ def _transaction(s: State, rules: Rules) -> Iterator[Move]:
             marked = replace(s, step="marked", paused=True, name=MARKED, weights=MIXED, serves=0)
             yield "pause, mark, first byte", True, marked
     elif s.step == "marked":
-        name = s.version if rules.order_names else MARKED
-        done = replace(s, weights=s.version, name=name, spoilt=False)
-        yield "the last byte, verified", True, replace(done, step="written")
+        yield "the last byte, verified", True, replace(s, step="written", weights=s.version)
         if s.faults and s.call != "under way":
-            left = s.faults - 1
-            yield "it is aborted", False, _ended(_interrupted(replace(s, faults=left)))
-            if rules.order_names:
-                failed = replace(s, step="failed", name=name, spoilt=True, faults=left)
-                yield "the loader fails", False, failed
-                yield "its report is lost", False, replace(done, step="failed", faults=left)
-    elif s.step == "failed":
-        yield "the name is taken back", True, _ended(_interrupted(replace(s, name=MARKED)))
-        if s.faults:
-            yield "it is out of reach", False, _ended(replace(s, serves=0, request=None, faults=s.faults - 1))
+            yield "it is aborted", False, _ended(_interrupted(replace(s, faults=s.faults - 1)))
     elif s.step == "written":
         yield "name", True, replace(s, step="named", name=s.version)
-        if rules.order_names and s.faults and not s.call:
-            yield "it is aborted, named", False, replace(s, step="failed", faults=s.faults - 1)
         if not rules.resume_names_first:
             yield "resume, and name later", True, replace(s, paused=False)
     elif s.step == "named" and s.call == "refused" and rules.publish == AFTER:
@@ -263,9 +243,6 @@ def _background(s: State, rules: Rules) -> Iterator[Move]:
     if s.name == MARKED:
         if s.paused:
             yield "a look frees half an update", True, _interrupted(s)
-        return
-    if s.spoilt and rules.look_asks_the_loader:
-        yield "a look takes the name of spoilt weights back", True, _interrupted(replace(s, name=MARKED))
         return
     judged, ok = s, True
     if s.row(s.name).state == RESERVED and rules.newborn_asks_the_ledger:

@@ -149,9 +149,8 @@ class EngineApi:
         await self.in_turn(naming(text))
 
     async def in_turn(self, *calls: Call) -> None:
-        """Makes calls, if any, that are sent at once and done in this order; raises what failed first."""
-        if calls:
-            self._judge_all(calls, await self._ask(*calls))
+        """Makes calls that are sent at once and done in this order; the first that failed is raised."""
+        self._judge_all(calls, await self._ask(*calls))
 
     async def begin_update(self) -> None:
         """Opens its update session."""
@@ -196,7 +195,6 @@ class EngineApi:
         opening: Sequence[Call],
         begins: Callable[[], None],
         timeout_s: float,
-        names: str = "",
     ) -> None:
         """Does an order, one a tensor-parallel rank, by our loader in it, which `load_format` names.
 
@@ -206,10 +204,8 @@ class EngineApi:
           opening: calls that come before it; all are sent at once, and done in this order.
           begins: called when it begins.
           timeout_s: from then on; what comes before it has the usual deadlines.
-          names: the version string it has when our loader is through, whether that did its work or not;
-            empty: it keeps the one that it has.
         """
-        calls = (*opening, _taking(handles, load_format, names=names))
+        calls = (*opening, _taking(handles, load_format))
         self._judge_all(calls, await self._ask(*calls, timeout_s=timeout_s, once=True, begins=begins))
 
     async def hook_report(self, *, timeout_s: float) -> dict[str, Any]:
@@ -362,15 +358,13 @@ def pausing(mode: str) -> Call:
     return "POST", _PAUSE, {"mode": mode}
 
 
-def _taking(handles: Sequence[str], load_format: str, *, names: str = "") -> Call:
-    body: dict[str, Any] = {
+def _taking(handles: Sequence[str], load_format: str) -> Call:
+    body = {
         "serialized_named_tensors": list(handles),
         "load_format": load_format,
         "flush_cache": False,
         "abort_all_requests": False,
     }
-    if names:
-        body["weight_version"] = names
     return "POST", "/update_weights_from_tensor", body
 
 

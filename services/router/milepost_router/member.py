@@ -10,9 +10,7 @@ QUARANTINED until it has been started again, which its launcher does by the rout
 
 Where our loader takes all weights by one order, `open` sends nothing: the calls that mark and pause the
 engine go with the order (`_opening`), and are done before it on the same connection (ADR 22). If one of them
-fails, the order may have been carried out all the same, so the member counts as touched. Such an order may
-bring the name of the new weights, too (`_names`, ADR 25): the engine bears it from the order's end, and it is
-taken back wherever the member does not go on.
+fails, the order may have been carried out all the same, so the member counts as touched.
 
 A call that fails raises EngineFault; the transaction decides what that means for the others. Only `serve`,
 `put_back` and `fail` settle the engine in the fleet.
@@ -111,7 +109,6 @@ class Member:
         self._opened = self._session = self._written = self._paused = False
         self._text_before = ""
         self._opening: Sequence[Call] = ()
-        self._names = ""
 
     @property
     def engine_id(self) -> str:
@@ -189,11 +186,11 @@ class Member:
         if carries != known:
             raise EngineFault(f"{self.engine_id}: it carries {carries!r} instead of {known!r}: it restarted")
 
-    async def open(self, mode: PauseMode, *, at_once: bool = False, names: str = "") -> None:
+    async def open(self, mode: PauseMode, *, at_once: bool = False) -> None:
         """Pauses it, marks its weights as nobody's, opens its session. No new requests from here on.
 
         One that gets all weights `at_once`, between two of its steps, is told so together with the order to
-        take them, and needs no pause if it has no requests. That order `names` them, where it may.
+        take them, and needs no pause if it has no requests.
         """
         self._require_present()
         self._text_before = self.record.version_string
@@ -206,7 +203,7 @@ class Member:
             # version that they had, and wait less with the string before.
             opening.insert(0 if self.record.capabilities.version_spans else 1, pausing(PAUSE_MODES[mode]))
         if at_once and not (self._group_name or self.record.capabilities.update_session):
-            self._opening, self._names = opening, names  # they go with the order
+            self._opening = opening  # they go with the order
         else:  # nobody enters a collective before all are paused
             await self._api.in_turn(*opening)
         if self.record.capabilities.update_session:
@@ -269,12 +266,7 @@ class Member:
 
         try:
             await self._api.receive_order(
-                handles,
-                load_format=load_format,
-                opening=self._opening,
-                names=self._names,
-                begins=begins,
-                timeout_s=timeout_s,
+                handles, load_format=load_format, opening=self._opening, begins=begins, timeout_s=timeout_s
             )
             assert reporting is not None
             with contextlib.suppress(EngineFault):
@@ -314,12 +306,15 @@ class Member:
         """Names its complete weights, forgets prefixes cached under the old ones, and lets it generate."""
         self._require_present()
         self._fleet.loaded_version(self.record, loaded)  # before any token of it can come
-        naming_it = [] if self._names else [naming(str(loaded))]
+        text = str(loaded)
         if self.record.caches_prefixes:
-            await _both(self._api.in_turn(*naming_it), self._forget_prefixes())
-            naming_it = []
-        # Others are not told to flush: SGLang would hand its allocator's memory back to the driver.
-        await self._api.in_turn(*naming_it, *([RESUMING] if self._paused else []))
+            await _both(self._api.set_version(text), self._forget_prefixes())
+            if self._paused:
+                await self._api.resume()
+        elif self._paused:
+            await self._api.in_turn(naming(text), RESUMING)
+        else:  # told to flush, SGLang would hand its allocator's memory back to the driver, which takes time
+            await self._api.set_version(text)
         self._require_present()
 
     async def _forget_prefixes(self) -> None:
@@ -329,7 +324,7 @@ class Member:
             log.debug("%s: cache not flushed: %s", self.engine_id, refusal)
 
     async def unname(self) -> None:
-        """Takes the name back."""
+        """Takes the name back: the ledger refused it."""
         await self._api.set_version(version_string.updating(self._transaction_id))
 
     def serve(self) -> None:
@@ -356,8 +351,6 @@ class Member:
             return
         await self._leave_session()
         if self.touched:
-            if self._names:
-                await self.unname()
             await self._api.abort_all()
             await self._api.resume()
             text = version_string.updating(self._transaction_id)
@@ -395,9 +388,7 @@ class Member:
             return
         self._fleet.clean(self.record, by=1)
         try:
-            unnaming = (self.unname,) if self._names else ()
-            ending = self._leave_group, self._leave_session, self._api.abort_all, self._api.resume
-            for call in (*unnaming, *ending):
+            for call in (self._leave_group, self._leave_session, self._api.abort_all, self._api.resume):
                 with contextlib.suppress(EngineRefused):
                     await call()
         except EngineFault as fault:  # nobody is there, or it is silent: it is given weights before it serves

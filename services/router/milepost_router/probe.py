@@ -2,9 +2,8 @@
 
     each interval, each engine:  is it alive, /model_info ──> fleet.probe_ok / probe_failed
                                  first look: /server_info, its routes ──> what it can do
-    a STALE engine with complete weights ──> its loader's word, the ledger's ──> resume it ──> fleet.admit
+    a STALE engine with complete weights ──> the ledger's word ──> resume it ──> fleet.admit
     an engine with half an update and no transaction ──> end its requests, resume it; it stays STALE
-    one that bears the name of weights which its loader failed to write ──> take the name back, likewise
 
 SGLang's /health generates a token, so it takes a second and fails while the engine is paused. It is asked
 once, to learn whether the engine has started; from then on /server_info, which its scheduler answers, is the
@@ -30,7 +29,6 @@ from milepost_router.fleet import Fleet
 from milepost_router.ledger import Ledger
 from milepost_router.record import EngineRecord
 from milepost_router.upstream import Pool
-from milepost_router.version_string import LoadedVersion
 
 log = logging.getLogger(__name__)
 
@@ -162,11 +160,6 @@ class Prober:
                 record, f"holds weights of run {loaded.run_id}, but works for {record.home_run}"
             )
             return
-        try:
-            if await self._is_spoilt(record, api, loaded):
-                return
-        except EngineFault:
-            return  # a later look asks again
         members = tuple(e.engine_id for e in self._fleet if e.loaded == loaded)
         why_not = await ledger.judge(loaded, members)
         if why_not:
@@ -177,30 +170,6 @@ class Prober:
                 return
             await api.resume()  # the router that paused it may be gone
             self._fleet.admit(record, loaded, generation=generation)
-
-    async def _is_spoilt(self, record: EngineRecord, api: EngineApi, loaded: LoadedVersion) -> bool:
-        """Its loader failed at what it bears the name of (ADR 25); then the name is taken back."""
-        if not record.capabilities.weight_hook:
-            return False
-        generation = record.generation
-        try:
-            said = await api.hook_report(timeout_s=self._timeout_s)
-        except EngineRefused:
-            return False  # nobody gave it an order yet
-        order = str(said.get("transaction", ""))
-        if said.get("ok") or (order and not version_string.is_of(order, loaded)):
-            return False
-        if record.transaction or record.generation != generation:
-            return True
-        mark = version_string.updating(str(loaded))
-        why = f"its loader failed to write version {loaded.version}: {said.get('message')}"
-        await api.set_version(mark)
-        await api.abort_all()
-        await api.resume()
-        if record.generation == generation and not record.transaction:
-            self._fleet.break_off(record, why, mark, now=asyncio.get_running_loop().time())
-            self._fleet.explain(record, why)
-        return True
 
 
 def _version_of(record: EngineRecord, info: dict[str, Any]) -> str:

@@ -219,8 +219,7 @@ class Transaction:
         self._clock.enter("pause")
         self._in_flight = sum(member.record.in_flight for member in self._live)
         mode = self.plan.request.pause_mode
-        names = "" if self.plan.verify_checksum else str(self.plan.loaded)
-        faults = await self._each(self._live, lambda m: m.open(mode, at_once=at_once, names=names))
+        faults = await self._each(self._live, lambda m: m.open(mode, at_once=at_once))
         return await self._judge(faults, first=False)
 
     async def _judge(self, faults: dict[Member, EngineFault], *, first: bool) -> list[str]:

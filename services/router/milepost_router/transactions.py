@@ -46,7 +46,6 @@ from milepost_router.probe import ApiOf
 from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
 from milepost_router.transaction import Transaction
-from milepost_router.version_string import transaction_id_of
 
 T = TypeVar("T")
 
@@ -230,7 +229,7 @@ class Transactions:
         return [e for e in records if e not in reasons]
 
     def _make(self, request: t.PrepareRequest, version: int, records: list[EngineRecord]) -> Transaction:
-        name = transaction_id_of(request.run_id, term=request.term, version=version, attempt=request.attempt)
+        name = f"{request.run_id}/{request.term}/{version}/{request.attempt}"
         group, replaced = self._group(request, records, name=name)
         timeout_s = min(request.timeout_s or self._settings.transaction_timeout_s, _MAX_TIMEOUT_S)
         plan = Plan(

@@ -1,4 +1,4 @@
-"""The string an engine carries as its weight version, written by the router alone, and what it is made of.
+"""The string an engine carries as its weight version, written by the router alone.
 
 <run>/<version>/<label>     complete weights: verified, and published or about to be
 updating/<transaction>      between the first byte of a transaction and its verification: nobody's weights
@@ -22,17 +22,6 @@ class LoadedVersion:
 
     def __str__(self) -> str:
         return f"{self.run_id}/{self.version}/{self.label}"
-
-
-def transaction_id_of(run_id: str, *, term: int, version: int, attempt: int) -> str:
-    """Names the transaction that is to give engines a version."""
-    return f"{run_id}/{term}/{version}/{attempt}"
-
-
-def is_of(transaction_id: str, loaded: LoadedVersion) -> bool:
-    """A transaction of that name was to give engines these weights."""
-    run_id, _, rest = transaction_id.partition("/")
-    return run_id == loaded.run_id and rest.split("/")[1:2] == [str(loaded.version)]
 
 
 def updating(transaction_id: str) -> str:

@@ -156,8 +156,6 @@ class FakeEngine:
     def _answer(self, path: str, body: Any) -> web.Response:
         if path == "/update_weight_version":
             self.version_string = body["new_version"]
-        elif path.startswith("/update_weights_from") and body.get("weight_version"):
-            self.version_string = body["weight_version"]
         elif path == "/pause_generation":
             self.paused = True
         elif path == "/continue_generation":

@@ -10,7 +10,6 @@ import pytest
 from commit_model import AFTER, COPY, NAME, RESUME, Rules, Verdict
 from commit_model import search as search_all
 
-SPOILT = "a token of weights that do not bear their name"
 SPANS = pytest.mark.parametrize("spans", [True, False], ids=["spans", "brackets"])
 
 
@@ -20,14 +19,10 @@ def search(rules: Rules) -> Verdict:
     return search_all(rules)
 
 
-NAMES = pytest.mark.parametrize("order_names", [False, True], ids=["named apart", "named by the order"])
-
-
-@NAMES
 @SPANS
 @pytest.mark.parametrize("publish", [AFTER, RESUME, NAME])
-def test_engines_may_go_on_beside_the_publication_of_what_they_hold(publish, spans, order_names):
-    found = search(Rules(publish=publish, spans=spans, order_names=order_names))
+def test_engines_may_go_on_beside_the_publication_of_what_they_hold(publish, spans):
+    found = search(Rules(publish=publish, spans=spans))
     assert found.broken == {}
     assert found.stuck == []
     assert found.states > 4000
@@ -50,19 +45,6 @@ def test_the_search_goes_through_what_it_is_about(spans):
 
 
 @SPANS
-def test_the_search_of_orders_that_name_goes_through_what_it_is_about(spans):
-    happened = search(Rules(spans=spans, order_names=True)).seen
-    assert {
-        "the loader fails",
-        "its report is lost",
-        "the name is taken back",
-        "it is aborted, named",
-        "it is out of reach",
-        "a look takes the name of spoilt weights back",
-    } <= happened
-
-
-@SPANS
 def test_beside_the_copy_versions_are_published_that_nobody_holds(spans):
     found = search(Rules(publish=COPY, spans=spans))
     assert set(found.broken) == {"published before any engine holds it whole"}
@@ -77,12 +59,11 @@ def test_beside_the_copy_versions_are_published_that_nobody_holds(spans):
         ({"bracket_names_the_end": False}, False, "sealed with tokens of a version that is void"),
         ({"refusal_takes_requests": False}, False, "sealed with tokens of a version that is void"),
         ({"newborn_asks_the_ledger": False}, True, "a starting router serves what is not published"),
-        ({"resume_names_first": False}, True, SPOILT),
-        ({"look_asks_the_loader": False, "order_names": True, "faults": 2}, True, SPOILT),
+        ({"resume_names_first": False}, True, "a token of weights that do not bear their name"),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
 def test_no_rule_can_be_left_out(publish, without, spans, breaks):
-    found = search(replace(Rules(publish=publish, spans=spans), **{"faults": 1} | without))
+    found = search(replace(Rules(publish=publish, spans=spans, faults=1), **without))
     assert breaks in found.broken, "the rule guards against nothing"
     assert found.broken[breaks][-1] in ("sealed", "a look admits it", "a token")

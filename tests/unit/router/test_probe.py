@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import pytest
@@ -252,75 +251,3 @@ async def test_prefixes_that_outlive_an_update_are_warned_of(fake_engine, caplog
     async with Watch(fake, Judge()) as watch:
         await watch.until(EngineState.STALE)
     assert ("--disable-radix-cache" in caplog.text) is warns
-
-
-class Spoken:
-    """An engine with our loader, that says of its last order what the test wants."""
-
-    def __init__(self, fake: Any, **report: Any) -> None:
-        self.report = report
-        fake.kind, fake.release, fake.paused = "", "0.5.17", True
-        fake.version_string = "run/3/2"
-        fake.info = {"custom_weight_loader": [probe.WEIGHT_HOOK]}
-        fake.reactions["get_weights_by_name"] = self._answer
-
-    async def _answer(self, request: web.Request, body: Any) -> web.Response:
-        assert body["name"] == "milepost.report"
-        said = [float(byte) for byte in json.dumps(self.report).encode()] if self.report else None
-        return web.json_response(said)
-
-
-@pytest.mark.parametrize("transaction", ["run/1/3/1", "run/2/3/4/7", ""])
-async def test_the_name_of_weights_that_were_not_written_is_taken_back(transaction: str, fake_engine):
-    """The router that gave the order died before it heard that it had failed."""
-    fake = await fake_engine("a")
-    Spoken(fake, transaction=transaction, ok=False, message="out of memory")
-    judge = Judge()
-    async with Watch(fake, judge) as watch:
-        await watch.until(EngineState.STALE, "its loader failed to write version 3: out of memory")
-        assert fake.version_string == watch.record.version_string == "updating/run/3/2"
-        assert fake.calls == ["get_weights_by_name", *BACK]
-        seen = len(fake.looks)
-        async with asyncio.timeout(30):
-            while len(fake.looks) < seen + 6:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
-        assert watch.record.state is EngineState.STALE
-    assert judge.asked == [], "the ledger would publish it"
-    assert fake.calls == ["get_weights_by_name", *BACK], "once"
-    assert not fake.paused
-
-
-BACK = ["update_weight_version", "abort_request", "continue_generation"]
-
-
-@pytest.mark.parametrize(
-    "report",
-    [
-        {"transaction": "run/1/3/1", "ok": True},
-        {"transaction": "run/1/4/1", "ok": False},
-        {"transaction": "other/1/3/1", "ok": False},
-        {},
-    ],
-    ids=["written", "another version", "another run", "no order yet"],
-)
-async def test_a_name_that_no_loader_speaks_against_is_proven_by_the_ledger(report: Any, fake_engine):
-    fake = await fake_engine("a")
-    Spoken(fake, **report)
-    async with Watch(fake, Judge()) as watch:
-        await watch.until(EngineState.SERVING)
-        assert fake.version_string == "run/3/2"
-        assert not fake.paused
-
-
-async def test_a_loader_that_cannot_be_asked_is_asked_again(fake_engine):
-    fake = await fake_engine("a")
-    Spoken(fake, transaction="run/1/3/1", ok=True)
-    well = fake.reactions["get_weights_by_name"]
-    fake.hang_up("get_weights_by_name")
-    judge = Judge()
-    async with Watch(fake, judge) as watch:
-        await fake.called("get_weights_by_name")
-        assert watch.record.state is not EngineState.SERVING
-        assert judge.asked == []
-        fake.reactions["get_weights_by_name"] = well
-        await watch.until(EngineState.SERVING)

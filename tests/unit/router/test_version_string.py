@@ -47,12 +47,3 @@ def test_what_names_no_weights(text):
 def test_a_mark_is_never_taken_for_weights():
     assert version_string.updating("run/5/3/1") == "updating/run/5/3/1"
     assert version_string.parse("updating/3/1") is None
-
-
-def test_a_transaction_is_of_the_version_that_it_is_to_give():
-    name = version_string.transaction_id_of("run", term=7, version=3, attempt=2)
-    assert name == "run/7/3/2"
-    of = LoadedVersion("run", 3, 1)
-    assert all(version_string.is_of(text, of) for text in (name, name + "/65"))
-    others = ("run/3/7/2", "run/7/33/2", "other/7/3/2", "run/7", "run", "")
-    assert not any(version_string.is_of(text, of) for text in others)
