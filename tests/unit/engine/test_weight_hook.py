@@ -272,6 +272,14 @@ def test_rows_of_words_stand_for_a_copy(shape: tuple[int, ...], pick: Any, rows:
     assert torch.equal(target, wanted)
 
 
+def test_rows_that_write_to_one_place_are_found():
+    target, source = torch.zeros(4, 40_000), torch.zeros(4, 40_000)
+    lines = [weight_hook._rows(target[i], source[0]) for i in (2, 0, 1)]
+    assert not weight_hook._overlap(torch.cat(lines))
+    late = weight_hook._rows(target[1, 39_998:], source[1, 39_998:])
+    assert weight_hook._overlap(torch.cat([*lines, late]))
+
+
 def test_rows_of_words_do_not_stand_for_a_cast_or_what_is_not_aligned():
     wide, narrow = torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.bfloat16)
     other = torch.zeros_like(narrow)
