@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import IO, Self
 
 from milepost import errors
+from milepost_common import spawning
 from milepost_common.liveness import until_silent
-from milepost_common.process import die_with_parent
 
 SOCKET_PATH_LIMIT = 100
 STOP_WAIT_S = 10.0
@@ -75,7 +75,7 @@ class EmbeddedRedis:
         self._binary = server_binary()
         self._socket_dir: str | None = None
         self._lock: IO[bytes] | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: spawning.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._socket = self.data_dir / "redis.sock"
 
@@ -96,7 +96,7 @@ class EmbeddedRedis:
             self._socket_dir = tempfile.mkdtemp(prefix="milepost-redis-")
             self._socket = Path(self._socket_dir) / "redis.sock"
         await self._take_lock()
-        await self._spawn()
+        self._spawn()
         self._supervisor = asyncio.create_task(self._supervise(), name="embedded redis")
         return self
 
@@ -156,21 +156,19 @@ class EmbeddedRedis:
         self._lock.write(str(pid).encode())
         self._lock.flush()
 
-    async def _spawn(self) -> None:
+    def _spawn(self) -> None:
         assert self._lock is not None
         self._socket.unlink(missing_ok=True)
         log_file = (self.data_dir / "redis.log").open("ab")
-        parent = os.getpid()
         try:
-            self._process = await asyncio.create_subprocess_exec(
+            self._process = spawning.start(
                 self._binary,
                 *self._arguments(),
-                stdin=asyncio.subprocess.DEVNULL,
+                leash=signal.SIGTERM,
                 stdout=log_file,
                 stderr=log_file,
                 pass_fds=(self._lock.fileno(),),
                 start_new_session=True,  # Ctrl-C in a terminal is for the parent, which stops the child last
-                preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent=parent),
             )
         finally:
             log_file.close()
@@ -206,13 +204,13 @@ class EmbeddedRedis:
             await asyncio.sleep(delay)
             delay = min(2 * delay, MAX_RESTART_DELAY_S)
             try:
-                await self._spawn()
+                self._spawn()
             except (
                 OSError
             ) as error:  # no memory, no processes: this round found it dead, and so will the next
                 log.error("embedded redis cannot be started: %s; trying again", error)
 
-    async def _until_dead(self, process: asyncio.subprocess.Process) -> int:
+    async def _until_dead(self, process: spawning.Process) -> int:
         """Waits for the child's end, and brings it about where it is silent for too long."""
         watching = asyncio.create_task(self._watch(process), name="watch redis")
         try:
@@ -221,13 +219,12 @@ class EmbeddedRedis:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+    async def _watch(self, process: spawning.Process) -> None:
         if not self._liveness_timeout_s:
             return
         why = await until_silent(self._ping, timeout_s=self._liveness_timeout_s)
         log.error("embedded redis has not answered for %g s (%s): killed", self._liveness_timeout_s, why)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        process.kill()
 
     async def _ping(self, within_s: float) -> None:
         """Asks for a sign of life; an error reply (it loads its file, a script is busy) is one too."""
@@ -244,11 +241,10 @@ class EmbeddedRedis:
         process = self._process
         if process is None or process.returncode is not None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGTERM)
-            os.kill(process.pid, signal.SIGCONT)  # a suspended one would not hear it
+        process.terminate()
+        process.send_signal(signal.SIGCONT)  # a suspended one would not hear it
         try:
             await asyncio.wait_for(process.wait(), STOP_WAIT_S)
         except TimeoutError:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             await process.wait()

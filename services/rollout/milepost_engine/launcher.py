@@ -8,9 +8,10 @@ The router knows of a hang that cannot be seen from here, in a collective whose 
 says so in its answer to a heartbeat.
 
 This process owns the server's whole tree: it runs in a process group of its own, is killed as a group, and
-dies with this process (`leashed`). A start that fails is tried again with growing pauses, `MAX_FAILED_STARTS`
-times in a row; the first start of all is not, since its settings are the likely cause. Each start registers
-as a new instance. No torch here: the launcher must not take memory of the GPU it watches over.
+dies with this process (`spawning`), as SGLang's own children die with SGLang. A start that fails is tried
+again with growing pauses, `MAX_FAILED_STARTS` times in a row; the first start of all is not, since its
+settings are the likely cause. Each start registers as a new instance. No torch here: the launcher must not
+take memory of the GPU it watches over.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from milepost.errors import InvalidArgument, Unavailable
+from milepost_common import spawning
 from milepost_common.liveness import until_silent
 from milepost_engine import gpus, sglang_options
 from milepost_engine.registration import Registrar, introduce
@@ -101,7 +103,7 @@ class Launcher:
 
     async def _one_life(self, stop: asyncio.Event) -> bool:
         """From a start to its end, whatever ends it; returns whether it served."""
-        process = await self._start()
+        process = self._start()
         registrar: Registrar | None = None
         try:
             if not await self._until_ready(process, stop):
@@ -120,21 +122,16 @@ class Launcher:
                 await registrar.abandon()
             await self._end(process)
 
-    async def _start(self) -> asyncio.subprocess.Process:
+    def _start(self) -> spawning.Process:
         log.info("starting %s %s", self._module, " ".join(_without_secrets(self._arguments)))
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "milepost_engine.leashed",
-            str(os.getpid()),
-            self._module,
-            *self._arguments,
-            stdin=asyncio.subprocess.DEVNULL,
+        return spawning.start(
+            *(sys.executable, "-m", self._module, *self._arguments),
+            leash=signal.SIGKILL,
             stdout=sys.stderr.fileno(),  # standard output is for our readiness line
             start_new_session=True,
         )
 
-    async def _until_ready(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> bool:
+    async def _until_ready(self, process: spawning.Process, stop: asyncio.Event) -> bool:
         deadline = _now() + self._settings.start_timeout_s
         while _now() < deadline:
             if process.returncode is not None:
@@ -189,9 +186,7 @@ class Launcher:
         registrar.start()
         return registrar
 
-    async def _watch(
-        self, process: asyncio.subprocess.Process, stop: asyncio.Event, restart: asyncio.Event
-    ) -> None:
+    async def _watch(self, process: spawning.Process, stop: asyncio.Event, restart: asyncio.Event) -> None:
         """Returns when it is to stop or to be started again, has died, or has not answered for too long."""
         hang_s = self._settings.hang_timeout_s
         ordered = asyncio.create_task(restart.wait())
@@ -226,7 +221,7 @@ class Launcher:
         if await asyncio.to_thread(_ask, self._url + "/abort_request", key, b'{"abort_all": true}'):
             await asyncio.sleep(ABORT_GRACE_S)
 
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
+    async def _end(self, process: spawning.Process) -> None:
         """Kills all of its tree: it holds nothing that is worth a slow end, and a hung one knows no other."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -9,18 +9,14 @@ line.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import os
 import signal
-import sys
-from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
+from milepost_common import spawning
+
 _LONGEST_LINE = 64 * 1024
 _LEFTOVER_DEADLINE_S, _LEFTOVER_POLL_S = 2.0, 0.02
 
@@ -28,7 +24,7 @@ _LEFTOVER_DEADLINE_S, _LEFTOVER_POLL_S = 2.0, 0.02
 class Child:
     """A running process; made by `spawn`."""
 
-    def __init__(self, process: Process, lines: asyncio.Task[None]) -> None:
+    def __init__(self, process: spawning.Process, lines: asyncio.Task[None]) -> None:
         self._process = process
         self._lines = lines
         self._exit = asyncio.create_task(self._reap(), name=f"reap {process.pid}")
@@ -57,9 +53,9 @@ class Child:
         # A pipe of our own: asyncio's would make `wait` wait for grandchildren that hold its other end.
         read_end, write_end = os.pipe()
         try:
-            process = await asyncio.create_subprocess_exec(
+            process = spawning.start(
                 *command,
-                stdin=DEVNULL,
+                leash=signal.SIGTERM,
                 stdout=write_end,
                 stderr=descriptor,
                 env={
@@ -69,7 +65,6 @@ class Child:
                     "PYTHONUNBUFFERED": "1",
                 },
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),
             )
         except BaseException:
             os.close(descriptor)
@@ -95,14 +90,9 @@ class Child:
         return await asyncio.shield(self._exit)
 
     def terminate(self) -> None:
-        """Asks it to stop; one that was suspended is woken to hear it.
-
-        By its number: `Popen.send_signal` reaps one that has just ended, and its status is lost to `wait`.
-        """
-        if self.is_alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGTERM)
-                os.kill(self.pid, signal.SIGCONT)
+        """Asks it to stop; one that was suspended is woken to hear it."""
+        self._process.terminate()
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """Ends it and its process group at once."""
@@ -125,19 +115,6 @@ class Child:
         self._lines.cancel()
         await asyncio.gather(self._lines, return_exceptions=True)
         return code
-
-
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """What the child does between fork and exec: asks for SIGTERM when this process ends (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-
-    def ask() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return ask
 
 
 async def _pump(read_end: int, descriptor: int, on_line: Callable[[str], None]) -> None:
