@@ -18,6 +18,8 @@ from compose_project import (
     until_full,
     until_goes_on,
 )
+from milepost import BufferClient
+from milepost.types import RunStats
 
 pytestmark = MARKS
 
@@ -36,8 +38,7 @@ async def test_a_run_over_two_hosts_survives_its_mirror_and_its_cable(hosts: tup
         await rollout.up("mirror")
         await until_goes_on(buffer)
 
-        await trainer.cut_off("trainer")
-        cut = await at_rest(buffer)
+        cut = await _cut_off_between_publications(rollout, trainer, buffer)
         full = await until_full(buffer)
         assert full.committed_step == cut.committed_step < rollout.steps
         await trainer.reconnect("trainer")
@@ -49,3 +50,15 @@ async def test_a_run_over_two_hosts_survives_its_mirror_and_its_cable(hosts: tup
         await host.call("stop")
         ends = {service: state["ExitCode"] for service, state in (await host.states()).items()}
         assert ends == dict.fromkeys(ends, 0), "a container did not stop in order"
+
+
+async def _cut_off_between_publications(rollout: Compose, trainer: Compose, buffer: BufferClient) -> RunStats:
+    """Cuts the trainer off while engines serve: in mid-publication they would have to wait for it."""
+    for _ in range(5):
+        await trainer.cut_off("trainer")
+        cut = await at_rest(buffer)
+        if {engine["state"] for engine in (await rollout.fleet()).values()} == {"serving"}:
+            return cut
+        await trainer.reconnect("trainer")
+        await until_goes_on(buffer)
+    raise AssertionError("cut off five times, each time in the middle of a publication")
