@@ -1,6 +1,6 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
 # (Triton is there only where torch has CUDA, and its language is typed for the compiler alone.)
-"""The kernel that does all copies of a plan that need no cast (see ``weight_hook``). Imported on CUDA only.
+"""The kernel that does all copies of a plan that need no cast (see ``copy_table``). Imported on CUDA only.
 
 A program copies one row of the table: so many words from one address to another.
 """

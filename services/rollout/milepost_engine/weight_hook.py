@@ -18,7 +18,7 @@ router to ask; without a report of its transaction it takes the engine for faile
 is that of all of them.
 
 State is of the process: the plan of each model, with the trainer's memory mapped, until another layout comes.
-Torch and the standard library alone are imported here, and Triton where it works: SGLang brings it along.
+Torch and the standard library alone are imported here, by `copy_table` too, and Triton where it works.
 """
 
 from __future__ import annotations
@@ -35,19 +35,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from milepost_engine import copy_table
+from milepost_engine.copy_table import Copies
+
 log = logging.getLogger(__name__)
 
 REPORT, CHECKSUM = "milepost.report", "milepost.checksum"
 STAMP = "stamp"
 LARGE_BYTES = 16 << 20
 """From here on a tensor is copied by itself, where the kernel does not take it; smaller ones go together."""
-BLOCK_WORDS = 4096
-"""What one program of the kernel copies at most, in words of 8 bytes."""
 _CHUNK = 1 << 24
-_WORD = 8
-_NO_ROWS = torch.empty((0, 3), dtype=torch.int64)
 
-Copies = list[tuple[torch.Tensor, torch.Tensor]]
 _copy_many: Any = getattr(torch, "_foreach_copy_")  # noqa: B009  (one kernel for many tensors; torch has no other)
 
 
@@ -104,8 +102,7 @@ class Plan:
       layout: its name.
       sources: the trainer's tensors by name, and the dtypes in which the loader is to see them.
       stamp: where the trainer writes the stamp of its order; None: it does not.
-      table: what one kernel copies (see `copy_kernel`): what needs no cast, on a GPU; None: nothing.
-      tabled: the tensors that its addresses are of; they live as long as it does.
+      table: what one kernel copies: what needs no cast, on a GPU; None: nothing.
       large, small: what else is copied where, singly and in groups of one pair of dtypes.
       refused: why the model's own loader is used instead; empty: it is not.
     """
@@ -113,8 +110,7 @@ class Plan:
     layout: str
     sources: dict[str, tuple[torch.Tensor, torch.dtype]]
     stamp: torch.Tensor | None = None
-    table: torch.Tensor | None = None
-    tabled: Copies = field(default_factory=Copies)
+    table: copy_table.Table | None = None
     large: Copies = field(default_factory=Copies)
     small: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = field(
         default_factory=list[tuple[list[torch.Tensor], list[torch.Tensor]]]
@@ -132,9 +128,7 @@ class Plan:
             load_weights(model, self.sources)
             return
         if self.table is not None:
-            from milepost_engine import copy_kernel
-
-            copy_kernel.run(self.table, block=BLOCK_WORDS)
+            self.table.run()
         for targets, sources in self.small:
             _copy_many(targets, sources, non_blocking=True)
         for target, origin in self.large:
@@ -324,7 +318,8 @@ def _only_looks(func: Any) -> bool:
 def _sort(plan: Plan, copies: Copies) -> None:
     """Puts neighbours together, then what one kernel can take, and the small ones into groups."""
     groups: dict[tuple[torch.dtype, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-    for target, source in _tabled(plan, list(_joined(copies))):
+    plan.table, others = copy_table.make(list(_joined(copies)))
+    for target, source in others:
         if target.nbytes >= LARGE_BYTES or not (target.is_contiguous() and source.is_contiguous()):
             plan.large.append((target, source))
         elif target.numel():
@@ -332,60 +327,6 @@ def _sort(plan: Plan, copies: Copies) -> None:
             targets.append(target)
             sources.append(source)
     plan.small.extend(groups.values())
-
-
-def _tabled(plan: Plan, copies: Copies) -> Copies:
-    """Makes the kernel's table; what is left: everything without a GPU, or a Triton that works on it."""
-    device = copies[0][0].device if copies else torch.device("cpu")
-    if device.type != "cuda":
-        return copies
-    here = [{target.device, source.device} == {device} for target, source in copies]
-    rows = [_rows(*pair) if near else _NO_ROWS for pair, near in zip(copies, here, strict=True)]
-    table = torch.cat(rows)
-    if len(table) == 0 or _overlap(table):
-        return copies
-    table = table.to(device)
-    try:
-        from milepost_engine import copy_kernel
-
-        copy_kernel.run(torch.zeros_like(table[:1]), block=BLOCK_WORDS)  # it is compiled, and copies nothing
-        torch.cuda.synchronize(device)
-    except Exception as error:
-        log.warning("tensors are copied one by one, not by one kernel: %s: %s", type(error).__name__, error)
-        return copies
-    plan.table = table
-    plan.tabled = [pair for pair, each in zip(copies, rows, strict=True) if len(each)]
-    return [pair for pair, each in zip(copies, rows, strict=True) if not len(each)]
-
-
-def _overlap(table: torch.Tensor) -> bool:
-    """Two rows write to one place; the kernel knows no order among rows."""
-    starts, order = table[:, 1].sort()
-    ends = starts + _WORD * table[order, 2]
-    return bool((ends[:-1] > starts[1:]).any())
-
-
-def _rows(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Rows of the kernel's table, [n, 3], for a copy between tensors of one shape.
-
-    None at all where words cannot stand for it: a cast, a place that is not aligned, scattered elements.
-    """
-    if target.dtype != source.dtype or target.numel() == 0:
-        return _NO_ROWS
-    if target.is_contiguous() and source.is_contiguous():
-        target, source = target.reshape(1, -1), source.reshape(1, -1)
-    elif target.dim() != 2 or target.stride(1) != 1 or source.stride(1) != 1:
-        return _NO_ROWS
-    size = target.shape[1] * target.itemsize
-    steps = [x.stride(0) * x.itemsize for x in (source, target)]
-    starts = [x.data_ptr() for x in (source, target)]
-    if any(number % _WORD for number in (size, *steps, *starts)):
-        return _NO_ROWS
-    lines = torch.arange(target.shape[0], dtype=torch.int64)[:, None]
-    at = torch.arange(0, size, _WORD * BLOCK_WORDS, dtype=torch.int64)[None, :]
-    words = ((size - at) // _WORD).clamp(max=BLOCK_WORDS).expand(len(lines), -1)
-    places = [start + step * lines + at for start, step in zip(starts, steps, strict=True)]
-    return torch.stack([*places, words], dim=-1).reshape(-1, 3)
 
 
 def _joined(

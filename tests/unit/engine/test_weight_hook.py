@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from typing import Any
 
@@ -246,45 +245,3 @@ def test_the_checksum_tells_places_apart():
     model.norm[0], model.norm[1] = 2.0, 1.0
     assert len({before, one, weight_hook.checksum(model)}) == 3
     assert weight_hook.checksum(model) == weight_hook.checksum(model)
-
-
-@pytest.mark.parametrize(
-    ("shape", "pick", "rows"),
-    [
-        ((64,), slice(None), 1),
-        ((40_000,), slice(None), 3),
-        ((6, 40), (slice(1, 4), slice(None)), 1),
-        ((6, 40), (slice(None), slice(8, 24)), 6),
-        ((4, 40_000), (slice(None), slice(4, 39_996)), 12),
-    ],
-    ids=["one row", "several blocks", "whole lines", "parts of lines", "blocks of parts"],
-)
-def test_rows_of_words_stand_for_a_copy(shape: tuple[int, ...], pick: Any, rows: int):
-    """As the kernel does it, by address."""
-    source, target = torch.randn(shape).to(torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)
-    wanted = torch.zeros_like(target)
-    wanted[pick] = source[pick]
-    table = weight_hook._rows(target[pick], source[pick])
-    assert len(table) == rows
-    for origin, to, words in table.tolist():
-        assert 0 < words <= weight_hook.BLOCK_WORDS
-        ctypes.memmove(to, origin, 8 * words)
-    assert torch.equal(target, wanted)
-
-
-def test_rows_that_write_to_one_place_are_found():
-    target, source = torch.zeros(4, 40_000), torch.zeros(4, 40_000)
-    lines = [weight_hook._rows(target[i], source[0]) for i in (2, 0, 1)]
-    assert not weight_hook._overlap(torch.cat(lines))
-    late = weight_hook._rows(target[1, 39_998:], source[1, 39_998:])
-    assert weight_hook._overlap(torch.cat([*lines, late]))
-
-
-def test_rows_of_words_do_not_stand_for_a_cast_or_what_is_not_aligned():
-    wide, narrow = torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.bfloat16)
-    other = torch.zeros_like(narrow)
-    assert len(weight_hook._rows(narrow, wide)) == 0
-    assert len(weight_hook._rows(narrow[:, 1:5], other[:, 1:5])) == 0, "begins in the middle of a word"
-    assert len(weight_hook._rows(narrow[:, :6], other[:, :6])) == 0, "ends in the middle of one"
-    assert len(weight_hook._rows(narrow.T, other)) == 0
-    assert len(weight_hook._rows(narrow[:0], other[:0])) == 0
