@@ -11,6 +11,10 @@ something, which the tests do one by one.
 What is sealed must have been generated, token by token, under versions that the ledger holds as published; an
 engine generates only under whole weights that bear their own name; the label never falls; a version is
 published only once an engine holds it whole; and whatever happened, the run goes on.
+
+An engine whose loader does all of an order between two steps may also run on all along (`RUNNING`). It is
+judged by what is sealed then: no token of nobody's weights, and none of a version newer than the reply names.
+Its order may be done late, after its transaction was given up and what it copies from has moved on.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ RESERVED, PUBLISHED, VOID = "reserved", "published", "void"
 MIXED, MARKED = 0, 0
 """Weights that are nobody's, and the name that says so."""
 AFTER, RESUME, NAME, COPY = "publish, then resume", "beside resuming", "beside naming", "beside the copy"
+NAMED, RUNNING = "when it is named", "all along"
 _STEPS = ("open", "marked", "written", "named", "resumed")
 
 
@@ -38,10 +43,18 @@ class Rules:
       seal_asks_the_ledger: a seal with a version that is not published is refused.
       newborn_asks_the_ledger: a router that starts admits a reserved version only by publishing it.
       resume_names_first: an engine goes on only under the name of what it holds.
+      goes_on: when the engine generates again.
+      loader_is_sure: an order that fails has written nothing, or ends its engine.
+      order_names_the_end: from the order on, replies that end may end with its version.
+      abort_takes_requests: an engine that runs on loses its requests when its update is given up.
       faults: how many of (routers killed, transfers that fail, buffers away) there are at most.
     """
 
     publish: str = NAME
+    goes_on: str = NAMED
+    loader_is_sure: bool = True
+    order_names_the_end: bool = True
+    abort_takes_requests: bool = True
     spans: bool = True
     bracket_names_the_end: bool = True
     refusal_takes_requests: bool = True
@@ -81,6 +94,7 @@ class State:
       weights, name, paused: of the engine.
       up, serves: the router runs; the version at which its fleet has the engine, 0: STALE.
       version, step: of its transaction, 0: none.
+      order: the version that the engine is ordered to copy, and has not yet; 0: none.
       call: PublishVersion: "", "under way", "done", "refused", "away".
       repeats: the version whose publication it repeats, for the ledger was away.
       astray: publications that a killed router left on the wire.
@@ -98,6 +112,7 @@ class State:
     serves: int = 1
     version: int = 0
     step: str = ""
+    order: int = 0
     call: str = ""
     repeats: int = 0
     astray: frozenset[int] = frozenset()
@@ -120,8 +135,9 @@ Move = tuple[str, bool, State]
 
 def moves(s: State, rules: Rules) -> Iterator[Move]:
     """What may happen next."""
-    yield from _trainers(s)
+    yield from _trainers(s, rules)
     yield from _client(s, rules)
+    yield from _engine(s, rules)
     if s.up:
         yield from _transaction(s, rules)
         yield from _background(s, rules)
@@ -155,7 +171,7 @@ def _with_state(s: State, version: int, state: str) -> State:
     return replace(s, versions=tuple(rows))
 
 
-def _trainers(s: State) -> Iterator[Move]:
+def _trainers(s: State, rules: Rules) -> Iterator[Move]:
     if s.term == 1:
         opened = replace(s, term=2)
         for number, row in enumerate(s.versions, 1):
@@ -168,6 +184,10 @@ def _trainers(s: State) -> Iterator[Move]:
     if s.serves and s.row(s.serves).label == due:
         if s.label < due:
             yield "the router restates what is served", True, _publish(s, s.serves)[0]
+        return
+    again = [v for v, row in enumerate(s.versions, 1) if (row.label, row.term) == (due, s.term)]
+    if again and rules.goes_on == RUNNING and s.row(again[-1]).state != VOID:
+        yield "prepare the same again", True, replace(s, version=again[-1], step="open")
     elif len(s.versions) < 6:
         row = Version(label=due, term=s.term, state=RESERVED)
         number = len(s.versions) + 1
@@ -182,7 +202,7 @@ def _transaction(s: State, rules: Rules) -> Iterator[Move]:
         return
     begins = {COPY: "marked", NAME: "written", RESUME: "named", AFTER: "named"}[rules.publish]
     before_resuming = rules.publish == AFTER and s.call not in ("done", "away")
-    if not s.call and _STEPS.index(s.step) >= _STEPS.index(begins):
+    if not s.call and s.step in _STEPS and _STEPS.index(s.step) >= _STEPS.index(begins):
         yield "PublishVersion leaves", True, replace(s, call="under way")
     if s.call == "under way":
         applied, ok = _publish(s, s.version)
@@ -190,6 +210,8 @@ def _transaction(s: State, rules: Rules) -> Iterator[Move]:
     if s.step == "open":
         if s.row(s.version).term < s.term:
             yield "the newer term ends it", True, replace(s, version=0, step="")
+        elif rules.goes_on == RUNNING:
+            yield "mark, order", True, replace(s, step="ordered", order=s.version, name=MARKED, serves=0)
         else:
             marked = replace(s, step="marked", paused=True, name=MARKED, weights=MIXED, serves=0)
             yield "pause, mark, first byte", True, marked
@@ -209,6 +231,47 @@ def _transaction(s: State, rules: Rules) -> Iterator[Move]:
         yield "committed", True, _ended(replace(s, repeats=s.version if s.call == "away" else 0))
     elif s.step == "resumed" and s.call == "refused":
         yield from (("withdraw", True, _ended(after)) for after in _withdrawn(s, rules))
+
+    elif s.step in ("ordered", "done"):
+        yield from _ordered(s, rules)
+    elif s.step == "failed":
+        yield from (("it is given up", True, _ended(after)) for after in _withdrawn(s, rules))
+    elif s.step == "aborting":
+        yield "its requests end", True, _ended(_interrupted(s))
+
+
+def _ordered(s: State, rules: Rules) -> Iterator[Move]:
+    if s.step == "done":
+        yield "the report is good", True, replace(s, step="written")
+    if not s.faults:
+        return
+    left = replace(s, faults=s.faults - 1)
+    if rules.abort_takes_requests:
+        for after in _withdrawn(left, rules):
+            yield "it is aborted", False, _ended(after)
+    else:
+        yield "it is aborted", False, replace(left, step="aborting")
+
+
+def _engine(s: State, rules: Rules) -> Iterator[Move]:
+    """What an engine does by itself: the order that it was given."""
+    if not s.order:
+        return
+    over = replace(s, order=0)
+    if not (s.step == "ordered" and s.order == s.version):
+        yield "a late order is done", False, replace(over, weights=MIXED)
+        return
+    yield "the order is done", True, replace(over, weights=s.version, step="done")
+    if not s.faults:
+        return
+    failed = replace(over, step="failed", faults=s.faults - 1)
+    yield "the order is refused", False, failed
+    if rules.loader_is_sure:
+        ended = _ended(replace(failed, weights=MIXED))
+        yield "the order fails half way and ends it", False, replace(ended, request=None)
+        yield "the same, a stream kept", False, replace(ended, request=_answered(s.request))
+    else:
+        yield "the order fails half way", False, replace(failed, weights=MIXED)
 
 
 def _ended(s: State) -> State:
@@ -284,13 +347,23 @@ def _client(s: State, rules: Rules) -> Iterator[Move]:
         if not s.paused:
             named = {s.name} if rules.spans else {request.start}
             wrote = replace(
-                request, wrote=request.wrote | {s.weights}, named=request.named | named, last=s.name
+                request,
+                wrote=request.wrote | {s.weights},
+                named=request.named | named,
+                last=_end_named(s, request, rules),
             )
             yield "a token", True, replace(s, request=wrote)
         if request.wrote and s.up:
             yield "it is answered", True, replace(s, request=_answered(request))
     else:
         yield from _seal(s, request, rules)
+
+
+def _end_named(s: State, request: Request, rules: Rules) -> int:
+    """What the router would say wrote the token that comes now."""
+    if s.name != MARKED or rules.goes_on == NAMED:
+        return s.name
+    return s.version if s.version and rules.order_names_the_end else request.start
 
 
 def _answered(request: Request | None) -> Request | None:
@@ -340,7 +413,7 @@ def search(rules: Rules) -> Verdict:
         state = queue.popleft()
         for name, counted_on, after in moves(state, rules):
             names.add(name)
-            for what in _violations(state, name, after):
+            for what in _violations(state, name, after, rules):
                 broken.setdefault(what, [*_way(came, state), name])
             if counted_on:
                 fair.setdefault(after, []).append(state)
@@ -350,13 +423,19 @@ def search(rules: Rules) -> Verdict:
     return Verdict(states=len(came), broken=broken, stuck=_stuck(set(came), fair), seen=frozenset(names))
 
 
-def _violations(s: State, name: str, after: State) -> Iterator[str]:
-    if name == "a token" and s.weights != s.name:
+def _violations(s: State, name: str, after: State, rules: Rules) -> Iterator[str]:
+    if name == "a token" and s.weights != s.name and (rules.spans or rules.goes_on == NAMED):
         yield "a token of weights that do not bear their name"
     if name == "sealed" and s.request is not None:
-        states = {s.row(version).state for version in s.request.wrote}
-        if states != {PUBLISHED}:
+        states = {s.row(version).state for version in s.request.wrote if version != MIXED}
+        if states - {PUBLISHED}:
             yield f"sealed with tokens of a version that is {min(states - {PUBLISHED})}"
+        if MIXED in s.request.wrote:
+            yield "sealed with tokens of weights that are nobody's"
+        if not rules.spans and max(s.request.wrote) > max(claims(s.request, rules)):
+            yield "sealed with tokens of a version newer than it names"
+    if after.serves and after.weights != after.serves:
+        yield "served from under another version than its weights'"
     if after.label < s.label:
         yield "the label falls"
     newly = [v for v, (a, b) in enumerate(zip(s.versions, after.versions, strict=False), 1) if a != b]

@@ -136,11 +136,17 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class HandlesOfEngine:
-    """What one engine (empty id: every member) needs to reach the bytes of a bucket: one handle a rank."""
+    """What one engine (empty id: every member) needs to reach the bytes of a bucket: one handle a rank.
+
+    Attributes:
+      signal: what its loader, `load_format`, is told instead where it has copied from there before: it takes
+        all of it, refuses before the first byte, or ends its engine.
+    """
 
     engine_id: str = ""
     handles: tuple[bytes, ...] = ()
     load_format: str = ""
+    signal: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

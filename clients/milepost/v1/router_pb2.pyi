@@ -841,10 +841,15 @@ class HandlesOfEngine(_message.Message):
     ENGINE_ID_FIELD_NUMBER: _builtins.int
     HANDLES_FIELD_NUMBER: _builtins.int
     LOAD_FORMAT_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """The engine. Empty: every member."""
     load_format: _builtins.str
     """Who reads them in the engine: the member's weight_hook. Empty: the engine's own reader of flattened buckets."""
+    signal: _builtins.str
+    """What the hook is told instead where it has copied from the same places before: it takes all of the weights, refuses
+    before the first byte, or ends its engine, which therefore need not be paused. Only with `load_format`.
+    """
     @_builtins.property
     def handles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """One handle a tensor-parallel rank, opaque to the router."""
@@ -855,10 +860,11 @@ class HandlesOfEngine(_message.Message):
         engine_id: _builtins.str = ...,
         handles: _abc.Iterable[_builtins.bytes] | None = ...,
         load_format: _builtins.str = ...,
+        signal: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "handles", b"handles", "load_format", b"load_format"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "handles", b"handles", "load_format", b"load_format", "signal", b"signal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,10 +12,14 @@ the handles stay open and a few copies are all there is to do. A model whose loa
 loaded by it each time. What is open must be the trainer's memory and no copy of it: each order has another
 stamp, which is read there first.
 
-`load` never raises, for SGLang would die of it. Whether it did its work, the engine says itself: the model is
-given a reader of the name `milepost.report` (its bytes as numbers, since SGLang passes floats alone), for the
-router to ask; without a report of its transaction it takes the engine for failed. On several ranks the report
-is that of all of them.
+A signal may also come as a read of `milepost.signal:<order>` (below), which SGLang does between two steps of
+a running engine. So a signal is done, or refused before its first byte is written, or ends the process
+(`_whole_or_never`), and SGLang with it.
+
+Else `load` never raises, for SGLang would die of it. Whether it did its work, the engine says itself: the
+model is given a reader of the name `milepost.report` (its bytes as numbers, since SGLang passes floats
+alone), for the router to ask; without a report of its transaction it takes the engine for failed. On several
+ranks the report is that of all of them.
 
 State is of the process: the plan of each model, with the trainer's memory mapped, until another layout comes.
 Torch and the standard library alone are imported here, by `copy_table` too, and Triton where it works.
@@ -25,8 +29,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -40,7 +46,7 @@ from milepost_engine.copy_table import Copies
 
 log = logging.getLogger(__name__)
 
-REPORT, CHECKSUM = "milepost.report", "milepost.checksum"
+REPORT, CHECKSUM, SIGNAL = "milepost.report", "milepost.checksum", "milepost.signal:"
 STAMP = "stamp"
 LARGE_BYTES = 16 << 20
 """From here on a tensor is copied by itself, where the kernel does not take it; smaller ones go together."""
@@ -190,8 +196,21 @@ def _do(model: nn.Module, state: _State, order: Order, segments: Mapping[str, to
         held = state.plan.layout if state.plan else "none"
         raise LookupError(f"layout {order.layout} is not known here ({held} is); send its tensors again")
     _require_live(state.plan.stamp, order)
-    state.plan.run(model)
+    with _whole_or_never():
+        state.plan.run(model)
+        _synchronize(model)
     return not state.plan.refused
+
+
+@contextmanager
+def _whole_or_never() -> Generator[None]:
+    """Ends the process where its block fails: weights that are written in part must not generate."""
+    try:
+        yield
+    except BaseException:
+        log.critical("weights were written in part: this engine ends", exc_info=True)
+        logging.shutdown()
+        os._exit(1)
 
 
 def _require_live(stamp: torch.Tensor | None, order: Order) -> None:
@@ -424,8 +443,10 @@ def _give_reader(model: nn.Module, state: _State) -> None:
     theirs: Any = getattr(model, "get_weights_by_name", None)
 
     def read(name: str, truncate_size: int = 100, **more: Any) -> Any:
-        if name == REPORT:
-            return _as_numbers(state.report)
+        if name.startswith(SIGNAL):
+            load(model, [(name.removeprefix(SIGNAL), torch.empty(0))])
+        if name == REPORT or name.startswith(SIGNAL):
+            return _as_numbers({**state.report, "takes_signals": _takes_signals(state)})
         if name == CHECKSUM:
             return _as_numbers({"checksum": checksum(model)})
         if theirs is None:
@@ -439,10 +460,21 @@ def _as_numbers(said: Mapping[str, Any]) -> list[float]:
     return [float(byte) for byte in json.dumps(said).encode()]
 
 
+def _takes_signals(state: _State) -> bool:
+    """The order that was done last can be repeated by reading a name, which reaches one model of one rank."""
+    alone = len(_states) == 1 and _num_ranks() == 1
+    return alone and state.plan is not None and not state.plan.refused
+
+
+def _num_ranks() -> int:
+    groups = torch.distributed
+    return groups.get_world_size() if groups.is_available() and groups.is_initialized() else 1
+
+
 def _of_all_ranks(model: nn.Module, report: dict[str, Any]) -> dict[str, Any]:
     """A report that is good only where every rank's is."""
     groups = torch.distributed
-    if not (groups.is_available() and groups.is_initialized()) or groups.get_world_size() < 2:
+    if _num_ranks() < 2:
         return report
     try:
         good = torch.tensor(int(report["ok"]), device=_device(model), dtype=torch.int32)

@@ -21,7 +21,7 @@ from milepost.types import TensorSpec
 from milepost_router.record import EngineRecord
 from milepost_router.upstream import Died, GaveUp, Pool, Refused, Rubbish, UpstreamError
 
-HOOK_REPORT = "milepost.report"
+HOOK_REPORT, HOOK_SIGNAL = "milepost.report", "milepost.signal:"
 """What our loader in an engine answers to, as `milepost_engine.weight_hook` has it."""
 MAX_REPLY_BYTES = 16 * 1024 * 1024
 
@@ -208,14 +208,34 @@ class EngineApi:
         calls = (*opening, _taking(handles, load_format))
         self._judge_all(calls, await self._ask(*calls, timeout_s=timeout_s, once=True, begins=begins))
 
+    async def signal(self, text: str, *, opening: Sequence[Call], timeout_s: float) -> dict[str, Any]:
+        """Has our loader in it repeat an order between two of its steps, paused or not; returns its report.
+
+        Args:
+          text: the order.
+          opening: calls that come before it; all are sent at once, and done in this order.
+          timeout_s: from when it begins; what comes before it has the usual deadlines.
+
+        Raises:
+          EngineRefused: there is no loader, or one that knows no orders.
+        """
+        calls = (*opening, _reading(HOOK_SIGNAL + text))
+        replies = await self._ask(*calls, timeout_s=timeout_s, once=True)
+        self._judge_all(opening, replies[:-1])
+        return self._as_report(calls[-1], replies[-1])
+
     async def hook_report(self, *, timeout_s: float) -> dict[str, Any]:
         """What our loader in it says of its last order: JSON, as a list of numbers.
 
         Raises:
           EngineRefused: it has none to give.
         """
-        call = "POST", "/get_weights_by_name", {"name": HOOK_REPORT, "truncate_size": 1}
-        ((status, raw),) = await self._ask(call, timeout_s=timeout_s)
+        call = _reading(HOOK_REPORT)
+        (reply,) = await self._ask(call, timeout_s=timeout_s)
+        return self._as_report(call, reply)
+
+    def _as_report(self, call: Call, reply: tuple[int, bytes]) -> dict[str, Any]:
+        status, raw = reply
         if status == 200:
             with contextlib.suppress(ValueError, TypeError):
                 said: object = orjson.loads(bytes(int(number) for number in orjson.loads(raw)))
@@ -356,6 +376,10 @@ def naming(text: str) -> Call:
 def pausing(mode: str) -> Call:
     """Stops generating: `retract`, `in_place` or `abort`."""
     return "POST", _PAUSE, {"mode": mode}
+
+
+def _reading(name: str) -> Call:
+    return "POST", "/get_weights_by_name", {"name": name, "truncate_size": 1}
 
 
 def _taking(handles: Sequence[str], load_format: str) -> Call:

@@ -76,7 +76,8 @@ class Transition:
 
     Attributes:
       engine, before, after: which one, and its states.
-      withdrawn: the ledger refused what it served: what was generated under that is worth nothing.
+      withdrawn: what it serves or may have gone on with was refused or given up: what was generated under
+        that is worth nothing.
     """
 
     engine: EngineRecord
@@ -197,7 +198,7 @@ class Fleet:
 
     @staticmethod
     def _begin_life(record: EngineRecord) -> None:
-        record.restart = False
+        record.restart = record.takes_signals = False
         record.lives += 1
 
     def remove(self, engine_id: str) -> bool:
@@ -361,6 +362,19 @@ class Fleet:
         record.generation += 1
         record.paused_since = now
         self._move(record, S.UPDATING, f"is being updated by {record.transaction}")
+
+    def may_write(self, record: EngineRecord, loaded: LoadedVersion) -> None:
+        """It may generate with these weights before it is known to hold them: replies that end name them."""
+        record.version, record.label = loaded.version, loaded.label
+        record.generation += 1
+
+    def takes_signals(self, record: EngineRecord, yes: bool) -> None:
+        """Whether our loader in it can repeat the order that it did last by a signal."""
+        record.takes_signals = yes
+
+    def withdraw(self, record: EngineRecord) -> None:
+        """What it generates is worth nothing: its requests are taken from it."""
+        self._note(record, record.state, withdrawn=True)
 
     def loaded_version(self, record: EngineRecord, loaded: LoadedVersion) -> None:
         """Its new weights are complete; it is named and resumes next, so replies may hold their tokens."""

@@ -12,6 +12,10 @@ Where our loader takes all weights by one order, `open` sends nothing: the calls
 engine go with the order (`_opening`), and are done before it on the same connection (ADR 22). If one of them
 fails, the order may have been carried out all the same, so the member counts as touched.
 
+A loader that has the layout needs no more than a signal, and is done with it between two of the engine's
+steps, so an engine need not be paused for it (`_runs_on`, ADR 25). Such a member is never half written;
+should its transaction end without a commit, its requests are taken from it with all that they have.
+
 A call that fails raises EngineFault; the transaction decides what that means for the others. Only `serve`,
 `put_back` and `fail` settle the engine in the fleet.
 """
@@ -109,6 +113,8 @@ class Member:
         self._opened = self._session = self._written = self._paused = False
         self._text_before = ""
         self._opening: Sequence[Call] = ()
+        self._signal = ""
+        self._runs_on = False
 
     @property
     def engine_id(self) -> str:
@@ -186,28 +192,48 @@ class Member:
         if carries != known:
             raise EngineFault(f"{self.engine_id}: it carries {carries!r} instead of {known!r}: it restarted")
 
-    async def open(self, mode: PauseMode, *, at_once: bool = False) -> None:
+    async def open(
+        self, mode: PauseMode, order: BucketHeader | None = None, *, unproven: LoadedVersion | None = None
+    ) -> None:
         """Pauses it, marks its weights as nobody's, opens its session. No new requests from here on.
 
-        One that gets all weights `at_once`, between two of its steps, is told so together with the order to
-        take them, and needs no pause if it has no requests.
+        Args:
+          mode: how it is paused.
+          order: brings all weights at once, between two of its steps. What it is told here then goes with
+            the order, and it needs no pause if it has no requests.
+          unproven: what it may generate with before anybody has looked at that; None: nothing.
         """
         self._require_present()
         self._text_before = self.record.version_string
         self._opened = True
         self._fleet.begin_update(self.record, now=_now())
-        self._paused = not (at_once and self.record.in_flight == 0)
+        together = not (self._group_name or self.record.capabilities.update_session)
+        if order is not None and together and self.record.takes_signals:
+            self._signal = _own_or_common(order, self).signal
+        if unproven is not None and self.record.in_flight and self._may_run_on(mode):
+            self._runs_on = True
+            self._fleet.may_write(self.record, unproven)  # before any token of it can come
+        self._paused = not (order is not None and (self._runs_on or self.record.in_flight == 0))
         opening = [naming(version_string.updating(self._transaction_id))]
         if self._paused:
             # Who counts tokens by its string gets it behind its last token. Others end replies under the
             # version that they had, and wait less with the string before.
             opening.insert(0 if self.record.capabilities.version_spans else 1, pausing(PAUSE_MODES[mode]))
-        if at_once and not (self._group_name or self.record.capabilities.update_session):
+        if order is not None and together:
             self._opening = opening  # they go with the order
         else:  # nobody enters a collective before all are paused
             await self._api.in_turn(*opening)
         if self.record.capabilities.update_session:
             await self._open_session()
+
+    def _may_run_on(self, mode: PauseMode) -> bool:
+        """It may generate while it is updated, and with what it gets before it is named (ADR 25).
+
+        Its loader does all of a signal or nothing; its tokens are counted by us, not by its string; and it
+        keeps no prefixes that would have to be forgotten first.
+        """
+        spans, prefixes = self.record.capabilities.version_spans, self.record.caches_prefixes
+        return bool(self._signal) and mode is PauseMode.IN_PLACE and not (spans or prefixes)
 
     async def _open_session(self) -> None:
         try:
@@ -245,11 +271,15 @@ class Member:
         if not load_format:
             await self._api.receive_handles(handles, timeout_s=timeout_s)
             return
-        said = await self._order(handles, load_format, timeout_s=timeout_s)
+        if self._signal:
+            said = await self._api.signal(self._signal, opening=self._opening, timeout_s=timeout_s)
+        else:
+            said = await self._order(handles, load_format, timeout_s=timeout_s)
         self._entangled = False  # it answers, and does not before its GPU is through
         if said.get("transaction") != self._transaction_id or not said.get("ok"):
             why = said.get("message") or f"it speaks of {said.get('transaction')!r}: it restarted"
             raise EngineBroken(f"{self.engine_id}: its loader of weights failed: {why}")
+        self._fleet.takes_signals(self.record, said.get("takes_signals") is True)
         self._written = True
 
     async def _order(self, handles: Sequence[str], load_format: str, *, timeout_s: float) -> dict[str, Any]:
@@ -350,6 +380,8 @@ class Member:
                 self._fleet.release(self.record)
             return
         await self._leave_session()
+        if self._runs_on:
+            self._fleet.withdraw(self.record)
         if self.touched:
             await self._api.abort_all()
             await self._api.resume()

@@ -179,7 +179,7 @@ class FleetView:
         )
 
     def _count(self, transition: Transition | None) -> None:
-        if transition is not None:
+        if transition is not None and transition.after is not transition.before:
             self._transitions.add(_name(transition.after))
 
     def _states(self) -> Look:

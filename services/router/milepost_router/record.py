@@ -32,6 +32,7 @@ class EngineRecord:
       expected: STALE, but whoever trains is about to give it weights.
       restart: it hangs in a collective for good: out of everything until it has been started again.
       lives: how often it was started, as far as we know.
+      takes_signals: our loader in it can repeat the order that it did last by a signal.
       caches_prefixes: it may hold KV of prefixes under older weights, unless told to forget them.
       paused_since: when we paused it; None: it runs.
       paused_total: seconds of ended pauses.
@@ -60,6 +61,7 @@ class EngineRecord:
     expected: bool = False
     restart: bool = False
     lives: int = 0
+    takes_signals: bool = False
     caches_prefixes: bool = True
     probe_failures: int = 0
     request_failures: int = 0

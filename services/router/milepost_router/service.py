@@ -188,7 +188,7 @@ def _join_known(fleet: Fleet, settings: RouterSettings, *, now: float) -> None:
 
 
 def _log(transition: Transition | None) -> None:
-    if transition is not None:
+    if transition is not None and transition.after is not transition.before:
         engine = transition.engine
         log.info("engine %s: %s -> %s: %s", engine.engine_id, transition.before.name, transition.after.name,
                  engine.detail)  # fmt: skip

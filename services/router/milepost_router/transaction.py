@@ -19,7 +19,7 @@ Order at the commit (ADR 20): sessions closed, weights read back (a synchronisin
 between engines of one layout; then, beside one another, the version is published in the ledger, and each
 engine is given its version string, resumed and served from. The commit is over when both are. While the
 ledger is away only the publication waits; where it refuses, whoever serves the version already is withdrawn,
-requests and all.
+requests and all. Some engines are not paused at all and generate with their new weights before (ADR 25).
 
 State belongs to the transaction and is changed under its lock; members settle their engines in the fleet.
 """
@@ -192,7 +192,7 @@ class Transaction:
         if first:
             by_hook = header.whole and all(handles.load_format for handles in header.handles)
             on_disk = self.plan.request.transport is Transport.DISK
-            broken = await self._open_members(at_once=by_hook and not on_disk)
+            broken = await self._open_members(header if by_hook and not on_disk else None)
             if broken:
                 return broken
             self._clock.enter("transfer")
@@ -205,7 +205,7 @@ class Transaction:
         )
         return await self._judge(faults, first=first)
 
-    async def _open_members(self, *, at_once: bool) -> list[str]:
+    async def _open_members(self, order: t.BucketHeader | None) -> list[str]:
         if self._joining is not None:
             await self._joining
         not_joined = [m.failed for m in self.members if m.failed]
@@ -219,7 +219,8 @@ class Transaction:
         self._clock.enter("pause")
         self._in_flight = sum(member.record.in_flight for member in self._live)
         mode = self.plan.request.pause_mode
-        faults = await self._each(self._live, lambda m: m.open(mode, at_once=at_once))
+        unproven = None if self.plan.verify_checksum else self.plan.loaded
+        faults = await self._each(self._live, lambda m: m.open(mode, order, unproven=unproven))
         return await self._judge(faults, first=False)
 
     async def _judge(self, faults: dict[Member, EngineFault], *, first: bool) -> list[str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,3 +248,79 @@ def test_the_checksum_tells_places_apart():
     model.norm[0], model.norm[1] = 2.0, 1.0
     assert len({before, one, weight_hook.checksum(model)}) == 3
     assert weight_hook.checksum(model) == weight_hook.checksum(model)
+
+
+ALONE = """
+import json
+import sys
+
+import test_weight_hook as here
+from milepost_engine import weight_hook
+
+trainer, model = here.Trainer(), here.Shard()
+
+
+def signal(transaction):
+    ((text, _),) = trainer.order(transaction, whole=False)
+    said = model.get_weights_by_name(weight_hook.SIGNAL + text, 1, tp_size=1)
+    return json.loads(bytes(int(x) for x in said))
+
+
+trainer.train(1)
+weight_hook.load(model, trainer.order("t1", whole=True))
+assert here.report(model)["takes_signals"], here.report(model)
+trainer.train(2)
+said = signal("t2")
+assert (said["transaction"], said["ok"], said["planned"], said["takes_signals"]) == ("t2", True, True, True)
+assert here.same(model, here.expected(trainer))
+"""
+
+REFUSES = """
+trainer.stamp = trainer.stamp.clone()
+trainer.train(3)
+said = signal("t3")
+assert not said["ok"] and "is not in it" in said["message"] and not said["takes_signals"], said
+trainer.train(2)
+assert here.same(model, here.expected(trainer)), "no byte was written"
+said = signal("t4")
+assert not said["ok"] and "is not known here" in said["message"], said
+weight_hook.load(model, trainer.order("t5", whole=True))
+assert here.report(model)["takes_signals"]
+print("lives", flush=True)
+"""
+
+FAILS_HALF_WAY = """
+plan = weight_hook._states[model].plan
+plan.large.append((plan.small[0][0][0], "no tensor"))
+signal("t3")
+print("lives", flush=True)
+"""
+
+ANOTHER_MODEL = """
+draft = here.Shard()
+weight_hook.load(draft, trainer.order("t3", whole=True))
+weight_hook.load(model, trainer.order("t3", whole=True))
+assert not here.report(model)["takes_signals"], "a signal would reach one of them"
+print("lives", flush=True)
+"""
+
+
+@pytest.mark.parametrize("then", [REFUSES, ANOTHER_MODEL], ids=["refuses", "another model"])
+def test_a_signal_is_done_whole_or_refused(then: str):
+    done = alone(ALONE + then)
+    assert (done.returncode, done.stdout) == (0, "lives\n"), done.stderr
+
+
+def test_a_signal_that_fails_half_way_ends_its_engine():
+    """Which was not paused for it, and would generate with that (ADR 25)."""
+    done = alone(ALONE + FAILS_HALF_WAY)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert "weights were written in part: this engine ends" in done.stderr
+    assert "no tensor" in done.stderr or "Traceback" in done.stderr
+
+
+def alone(script: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a process of its own, which has no model but that of the script."""
+    command = [sys.executable, "-c", script]
+    here = Path(__file__).parent
+    return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=300, check=False)

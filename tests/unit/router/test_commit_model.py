@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from commit_model import AFTER, COPY, NAME, RESUME, Rules, Verdict
+from commit_model import AFTER, COPY, NAME, RESUME, RUNNING, Rules, Verdict
 from commit_model import search as search_all
 
 SPANS = pytest.mark.parametrize("spans", [True, False], ids=["spans", "brackets"])
@@ -67,3 +67,39 @@ def test_no_rule_can_be_left_out(publish, without, spans, breaks):
     found = search(replace(Rules(publish=publish, spans=spans, faults=1), **without))
     assert breaks in found.broken, "the rule guards against nothing"
     assert found.broken[breaks][-1] in ("sealed", "a look admits it", "a token")
+
+
+RUNS_ON = Rules(goes_on=RUNNING, spans=False)
+
+
+@pytest.mark.parametrize("publish", [AFTER, RESUME, NAME])
+def test_engines_without_spans_may_run_on_through_an_update(publish):
+    found = search(replace(RUNS_ON, publish=publish, faults=3))
+    assert found.broken == {}
+    assert found.stuck == []
+    assert {
+        "it is aborted",
+        "a late order is done",
+        "prepare the same again",
+        "the order is refused",
+        "the order fails half way and ends it",
+        "the same, a stream kept",
+        "committed",
+        "sealed",
+    } <= found.seen
+
+
+@pytest.mark.parametrize(
+    ("without", "breaks"),
+    [
+        ({"spans": True}, "a token of weights that do not bear their name"),
+        ({"loader_is_sure": False}, "sealed with tokens of weights that are nobody's"),
+        ({"order_names_the_end": False}, "sealed with tokens of a version newer than it names"),
+        ({"bracket_names_the_end": False}, "sealed with tokens of a version newer than it names"),
+        ({"abort_takes_requests": False}, "sealed with tokens of weights that are nobody's"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_none_of_the_rules_for_running_on_can_be_left_out(without, breaks):
+    found = search(replace(RUNS_ON, **without))
+    assert breaks in found.broken, "the rule guards against nothing"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +14,34 @@ from aiohttp import web
 from milepost import errors
 from milepost import types as t
 from milepost.types import Transport
+from milepost_router.fleet import Transition
 from milepost_router.probe import WEIGHT_HOOK, capabilities_of
 
 INFO = {"version": "0.5.17", "tp_size": 1}
 
 
-class Loader:
-    """The hook's side of a fake engine: what its report says, and how often it was asked."""
+REPORT, SIGNAL = "milepost.report", "milepost.signal:"
 
-    def __init__(self, fake: Any, *, message: str = "", transaction: str = "") -> None:
-        self.message, self.transaction = message, transaction
+
+class Loader:
+    """The hook's side of a fake engine: what its report says.
+
+    Attributes:
+      asked: what the engine was asked in its updates, in order; reports by themselves left out.
+    """
+
+    def __init__(
+        self,
+        fake: Any,
+        *,
+        message: str = "",
+        transaction: str = "",
+        takes_signals: bool = True,
+        on_signal: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.message, self.transaction, self.takes_signals = message, transaction, takes_signals
         self.done = ""
+        self._fake, self._on_signal = fake, on_signal
         fake.reactions["update_weights_from_tensor"] = self._load
         fake.reactions["get_weights_by_name"] = self._report
 
@@ -32,16 +49,51 @@ class Loader:
         self.done = json.loads(body["serialized_named_tensors"][0])["transaction"]
 
     async def _report(self, request: web.Request, body: Any) -> web.Response:
-        assert body["name"] == "milepost.report"
-        said = {"transaction": self.transaction or self.done, "ok": not self.message, "message": self.message}
+        name: str = body["name"]
+        if name.startswith(SIGNAL):
+            self.done = json.loads(name.removeprefix(SIGNAL))["transaction"]
+            self._on_signal()
+        else:
+            assert name == REPORT
+        said = {
+            "transaction": self.transaction or self.done,
+            "ok": not self.message,
+            "message": self.message,
+            "takes_signals": self.takes_signals,
+        }
         return web.json_response([float(byte) for byte in json.dumps(said).encode()])
 
+    @property
+    def asked(self) -> list[str]:
+        names = iter([body["name"] for body in self._fake.bodies.get("get_weights_by_name", ())])
+        calls = [
+            "signal" if call == "get_weights_by_name" and next(names) != REPORT else call
+            for call in self._fake.calls
+        ]
+        return [short for call in calls if (short := SHORT.get(call))]
 
-def order(prepared: t.Prepared, **changes: Any) -> t.BucketHeader:
-    """All weights at once, for each member's loader."""
-    text = json.dumps({"transaction": prepared.transaction_id}).encode()
+
+SHORT = {
+    "update_weight_version": "name",
+    "pause_generation": "pause",
+    "update_weights_from_tensor": "order",
+    "signal": "signal",
+    "flush_cache": "flush",
+    "continue_generation": "continue",
+    "abort_request": "abort",
+}
+
+
+def order(prepared: t.Prepared, *, again: bool = False, **changes: Any) -> t.BucketHeader:
+    """All weights at once, for each member's loader; `again`: from where it has copied before."""
+    text = json.dumps({"transaction": prepared.transaction_id})
     handles = tuple(
-        t.HandlesOfEngine(engine_id=m.engine_id, handles=(text,), load_format=m.weight_hook)
+        t.HandlesOfEngine(
+            engine_id=m.engine_id,
+            handles=(text.encode(),),
+            load_format=m.weight_hook,
+            signal=text if again else "",
+        )
         for m in prepared.members
     )
     given: dict[str, Any] = {
@@ -64,6 +116,7 @@ async def bench(tools: Any, fake_engine: Any) -> AsyncIterator[Any]:
             await fake_engine(name),
             engine="sglang 0.5.17",
             update_session=False,
+            version_spans=False,
             transports=(Transport.CUDA_IPC,),
             gpu_uuids=("GPU-1",),
             weight_hook=WEIGHT_HOOK,
@@ -125,6 +178,133 @@ async def test_an_engine_with_requests_is_paused_and_goes_on(spans: bool, bench,
         "continue_generation",
     ]
     assert "pause_generation" not in bench.engines["b"].calls
+
+
+async def update_twice(
+    bench: Any, tools: Any, *, mode: t.PauseMode = t.PauseMode.IN_PLACE, in_flight: int = 1, **loader: Any
+) -> list[str]:
+    """Gives weights to engine a twice from the same places; returns what it was asked the second time."""
+    loaders = {name: Loader(fake, **loader) for name, fake in bench.engines.items()}
+    before = 0
+    for label in (0, 1):
+        before = len(loaders["a"].asked)
+        prepared = await prepare(bench, tools, label=label, pause_mode=mode)
+        for _ in range(in_flight * label):
+            bench.fleet.request_started(bench.record("a"))
+        await bench.transactions.find(prepared.transaction_id).take(order(prepared, again=label == 1))
+        committed = await tools.commit(bench, prepared, num_buckets=1)
+        assert (committed.serving, committed.quarantined) == (("a", "b"), {})
+    assert bench.engines["a"].version_string == "run/2/1"
+    assert not bench.engines["a"].paused
+    return loaders["a"].asked[before:]
+
+
+async def test_an_engine_at_rest_is_told_by_a_signal_where_it_has_copied_before(bench, tools):
+    assert await update_twice(bench, tools, in_flight=0) == ["name", "signal", "name"]
+
+
+async def test_an_engine_with_requests_runs_on_through_a_signal(bench, tools):
+    """Replies that end from the signal on name what they may end with."""
+    record, ends, states = bench.record("a"), [], []
+    bench.fleet.subscribe(lambda transition: states.append((record.state.name, record.version)))
+    asked = await update_twice(bench, tools, on_signal=lambda: ends.append((record.version, record.label)))
+    assert asked == ["name", "signal", "name"]
+    assert ends[-1] == (2, 1), "the version that is not known to be there yet"
+    assert states[-1] == ("SERVING", 2)
+
+
+@pytest.mark.parametrize(
+    ("able", "mode", "asked"),
+    [
+        ({}, t.PauseMode.RETRACT, ["name", "pause", "signal", "name", "continue"]),
+        ({"version_spans": True}, t.PauseMode.IN_PLACE, ["pause", "name", "signal", "name", "continue"]),
+    ],
+    ids=["retract", "spans"],
+)
+async def test_engines_whose_tokens_would_be_miscounted_are_paused_for_a_signal(
+    bench, tools, able, mode, asked
+):
+    record = bench.record("a")
+    record.capabilities = replace(record.capabilities, **able)
+    assert await update_twice(bench, tools, mode=mode) == asked
+
+
+async def test_engines_that_cache_prefixes_are_paused_for_a_signal(bench, tools):
+    bench.record("a").caches_prefixes = True
+    asked = await update_twice(bench, tools)
+    assert asked[:3] == ["name", "pause", "signal"]
+    assert sorted(asked[3:5]) == ["flush", "name"]
+    assert asked[5:] == ["continue"]
+
+
+async def test_engines_whose_weights_are_compared_are_paused_for_a_signal(tools, fake_engine):
+    bench = tools.bench()
+    for name in ("a", "b"):
+        bench.join(
+            await fake_engine(name),
+            engine="sglang 0.5.17",
+            update_session=False,
+            version_spans=False,
+            transports=(Transport.CUDA_IPC,),
+            weight_hook=WEIGHT_HOOK,
+        )
+        bench.record(name).caches_prefixes = False
+    try:
+        assert await update_twice(bench, tools) == ["name", "pause", "signal", "name", "continue"]
+    finally:
+        await bench.transactions.close()
+        bench.pool.close()
+
+
+async def test_a_loader_that_takes_no_signals_is_given_the_order(bench, tools):
+    """As one of an engine of several ranks."""
+    asked = await update_twice(bench, tools, takes_signals=False)
+    assert asked == ["name", "pause", "order", "name", "continue"]
+
+
+async def test_an_engine_that_was_started_again_takes_no_signal_before_it_says_so(bench, tools):
+    await update_twice(bench, tools)
+    record = bench.record("a")
+    assert record.takes_signals
+    bench.fleet.join(t.Engine(engine_id="a", url=record.url, run_id="run", instance_id="another"), now=0.0)
+    assert not record.takes_signals
+
+
+async def test_who_runs_on_loses_its_requests_when_its_update_is_given_up(bench, tools):
+    """The trainer is gone before anybody knows what became of the signal."""
+    await update_twice(bench, tools)
+    fake = bench.engines["a"]
+    fake.hang("get_weights_by_name")
+    withdrawn: list[tuple[str, int]] = []
+
+    def look(transition: Transition | None) -> None:
+        if transition is not None and transition.withdrawn:
+            withdrawn.append((transition.engine.engine_id, fake.calls.count("abort_request")))
+
+    bench.fleet.subscribe(look)
+    prepared = await prepare(bench, tools, label=2, pause_mode=t.PauseMode.IN_PLACE)
+    transaction = bench.transactions.find(prepared.transaction_id)
+    signals = fake.calls.count("get_weights_by_name")
+    taking = asyncio.create_task(transaction.take(order(prepared, again=True)))
+    await tools.until(lambda: fake.calls.count("get_weights_by_name") > signals)
+    stale = await bench.transactions.abort(prepared.transaction_id, term=1, reason="the trainer is gone")
+    with pytest.raises(errors.FailedPrecondition):
+        await taking
+    assert stale == ("a", "b")
+    assert withdrawn == [("a", 0)], "gone before they could be answered; b has none"
+    assert fake.calls.count("abort_request") == 1
+    assert bench.states() == {"a": "STALE", "b": "STALE"}
+    assert bench.record("a").version == 0
+
+
+async def test_an_engine_that_refuses_a_signal_is_quarantined_alone(bench, tools):
+    await update_twice(bench, tools)
+    prepared = await prepare(bench, tools, label=2, pause_mode=t.PauseMode.IN_PLACE)
+    bench.engines["a"].refuse("get_weights_by_name", "Get parameter by name failed")
+    taken = await bench.transactions.find(prepared.transaction_id).take(order(prepared, again=True))
+    assert {a.engine_id: a.ok for a in taken.acks} == {"a": False, "b": True}
+    assert (await tools.commit(bench, prepared, num_buckets=1)).serving == ("b",)
+    assert bench.states() == {"a": "QUARANTINED", "b": "SERVING"}
 
 
 @pytest.mark.parametrize(

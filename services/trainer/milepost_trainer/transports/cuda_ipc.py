@@ -93,6 +93,7 @@ class CudaIpcTransport(WeightTransport):
                 for reader in member.gpu_uuids
             ),
             load_format=member.weight_hook,
+            signal=text if knows else "",
         )
 
     def taken(self, engine_ids: Collection[str]) -> None:
