@@ -2,7 +2,9 @@
 
 Streams run through the router, from a process of their own, so that nobody waits there for the trainer's
 Python; it times each event of each. A decode step is the time between two events of one stream before the
-publication; the gap is the longest time around it in which no stream got any.
+publication. The gap is the longest time in which no stream got any, of those that fall into a publication:
+from before its preparation until the trainer knows that it is served. Engines stand still for a moment at
+other times too; the longest of these within a quarter of a second around it is told beside it.
 """
 
 from __future__ import annotations
@@ -28,24 +30,40 @@ TOKENS = 3500
 SETTLE_S = 0.7
 MARGIN_S = 0.25
 START_S = 30.0
+LONGEST = 5
 
 
 @dataclass(frozen=True)
 class Gap:
-    """One publication under load, in seconds."""
+    """One publication under load, in seconds.
+
+    Attributes:
+      step_s: a decode step.
+      gap_s: the longest time without a token that falls into it.
+      apart_s: the longest one shortly before or after it.
+      longest: (when it began, how long it was) of the longest of all, from when the weights were there.
+    """
 
     step_s: float
     gap_s: float
+    apart_s: float
+    longest: tuple[tuple[float, float], ...]
 
 
-async def gap_around(http: str, run_id: str, publish: Callable[[], Awaitable[None]], *, folder: Path) -> Gap:
-    """Runs streams, publishes in the middle of them, and looks at when tokens came."""
+async def gap_around(http: str, run_id: str, publish: Callable[[], Awaitable[float]], *, folder: Path) -> Gap:
+    """Runs streams, publishes in the middle of them, and looks at when tokens came.
+
+    Args:
+      http, run_id: of the router.
+      publish: returns when the weights were there, on the monotonic clock.
+      folder: for what the process of the streams writes.
+    """
     out = folder / "arrivals.json"
     command = python("benchmarks.decoding", "--http", http, "--run", run_id, "--out", out)
     async with child("streams", *command, folder=folder) as streams:
         await streams.ready("streaming", within_s=START_S)
         begun = time.perf_counter()
-        await publish()
+        there = await publish()
         ended = time.perf_counter()
         await asyncio.sleep(SETTLE_S)
     try:
@@ -53,7 +71,7 @@ async def gap_around(http: str, run_id: str, publish: Callable[[], Awaitable[Non
     except FileNotFoundError:
         raise streams.failed("ended before it was told to") from None
     await asyncio.to_thread(out.unlink)
-    return _judge(arrivals, begun, ended)
+    return _judge(arrivals, begun, there, ended)
 
 
 async def _streams(http: str, run_id: str) -> list[list[float]]:
@@ -89,7 +107,7 @@ async def _stream(
                 arrivals.append(time.perf_counter())
 
 
-def _judge(arrivals: list[list[float]], begun: float, ended: float) -> Gap:
+def _judge(arrivals: list[list[float]], begun: float, there: float, ended: float) -> Gap:
     steps = [
         later - earlier
         for each in arrivals
@@ -100,8 +118,16 @@ def _judge(arrivals: list[list[float]], begun: float, ended: float) -> Gap:
     around = [x for x in everything if begun - MARGIN_S < x < ended + MARGIN_S]
     if len(steps) < 10 or not around or around[-1] < ended:
         raise RuntimeError("streams ended before or in the publication: give them more tokens")
-    gaps = (later - earlier for earlier, later in itertools.pairwise(around))
-    return Gap(step_s=median(steps), gap_s=max(gaps))
+    gaps = list(itertools.pairwise(around))
+    within = [b - a for a, b in gaps if b > begun and a < ended]
+    apart = [b - a for a, b in gaps if b <= begun or a >= ended]
+    longest = sorted(gaps, key=lambda gap: gap[0] - gap[1])[:LONGEST]
+    return Gap(
+        step_s=median(steps),
+        gap_s=max(within),
+        apart_s=max(apart),
+        longest=tuple((a - there, b - a) for a, b in longest),
+    )
 
 
 def main() -> None:

@@ -115,8 +115,8 @@ async def _gaps(trainer: Trainer, pause: str) -> list[Gap]:
     fleet = trainer.fleet
     async with trainer.publisher(shared=True, pause_mode=pause) as (publisher, rounds):
 
-        async def publish() -> None:
-            await trainer.publish(publisher, rounds)
+        async def publish() -> float:
+            return await trainer.publish(publisher, rounds)
 
         await publish()
         for _ in range(GAPS):
@@ -205,7 +205,8 @@ def _gap_line(found: dict[str, Any], pause: str, copy_s: float) -> str:
     if pause == "in_place":
         aim = f"<= {GAP_STEPS:g} steps and the copy: {'met' if steps <= GAP_STEPS else 'MISSED'}"
     what = f"gap, {pause} (step {1e3 * step_s:.2f})"
-    return _line(found["shape"], what, longest_s, None, f"{steps:.1f} steps and the copy  {aim}")
+    apart = f"apart from it up to {1e3 * max(g['apart_s'] for g in gaps):.2f} ms"
+    return _line(found["shape"], what, longest_s, None, f"{steps:.1f} steps and the copy; {apart}  {aim}")
 
 
 def about(device: torch.device) -> dict[str, Any]:

@@ -218,8 +218,11 @@ class Trainer:
                 await asyncio.gather(watching, return_exceptions=True)
                 await way.shut_down()
 
-    async def publish(self, publisher: Publisher, rounds: Rounds, *, still: bool = False) -> None:
-        """One step's end: prepared ahead, then weights at rest, then published; `still`: the weights stay."""
+    async def publish(self, publisher: Publisher, rounds: Rounds, *, still: bool = False) -> float:
+        """One step's end: prepared ahead, then weights at rest, then published; `still`: the weights stay.
+
+        Returns when the weights were there, on the monotonic clock.
+        """
         first = self.label < 0
         if not first:
             await _until("engines serve", lambda: not publisher.lacking)
@@ -240,6 +243,7 @@ class Trainer:
         self.published = publisher.published
         await _until("the trainer sees them served", lambda: self.label in self._served_at)
         rounds.served.append(self._served_at[self.label] - begun)
+        return begun
 
     async def read(self, name: str) -> Any:
         """What the hook in the engine answers to a name."""
