@@ -357,10 +357,10 @@ class Fleet:
         record.transaction = ""
         self._changed(None)
 
-    def begin_update(self, record: EngineRecord, *, now: float) -> None:
-        """The first bucket comes: no new requests, the pause begins."""
+    def begin_update(self, record: EngineRecord, *, now: float, runs_on: bool = False) -> None:
+        """The first bucket comes: no new requests, and the pause begins, unless it runs on."""
         record.generation += 1
-        record.paused_since = now
+        record.paused_since = None if runs_on else now
         self._move(record, S.UPDATING, f"is being updated by {record.transaction}")
 
     def may_write(self, record: EngineRecord, loaded: LoadedVersion) -> None:

@@ -206,14 +206,15 @@ class Member:
         self._require_present()
         self._text_before = self.record.version_string
         self._opened = True
-        self._fleet.begin_update(self.record, now=_now())
         together = not (self._group_name or self.record.capabilities.update_session)
         if order is not None and together and self.record.takes_signals:
             self._signal = _own_or_common(order, self).signal
-        if unproven is not None and self.record.in_flight and self._may_run_on(mode):
-            self._runs_on = True
+        busy = self.record.in_flight > 0
+        self._runs_on = busy and unproven is not None and self._may_run_on(mode)
+        self._paused = order is None or (busy and not self._runs_on)
+        self._fleet.begin_update(self.record, now=_now(), runs_on=self._runs_on)
+        if self._runs_on and unproven is not None:
             self._fleet.may_write(self.record, unproven)  # before any token of it can come
-        self._paused = not (order is not None and (self._runs_on or self.record.in_flight == 0))
         opening = [naming(version_string.updating(self._transaction_id))]
         if self._paused:
             # Who counts tokens by its string gets it behind its last token. Others end replies under the

@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.multiprocessing import reductions
 
 from milepost.errors import FailedPrecondition, Unavailable
-from milepost.types import Prepared, WeightMember
+from milepost.types import HandlesOfEngine, Prepared, TensorSpec, WeightMember
 from milepost_trainer.buckets import Bucket, plan_buckets, read_bucket
 from milepost_trainer.settings import PublishSettings
 from milepost_trainer.transports import cuda_ipc
@@ -184,3 +184,35 @@ def test_a_handle_is_opened_as_a_tensor_of_its_readers_gpu(
     assert opens is reductions.rebuild_cuda_tensor
     expected = shared | {"storage_device": reader.removeprefix("GPU-"), "event_sync_required": waits}
     assert dict(zip(names, arguments, strict=True)) == expected
+
+
+async def test_cuda_ipc_gives_a_signal_to_who_has_copied_from_there(monkeypatch: pytest.MonkeyPatch):
+    """What it shares needs a GPU; whom it tells what does not."""
+    monkeypatch.setattr(cuda_ipc, "gpu_uuid", lambda device: "GPU-1")
+    monkeypatch.setattr(cuda_ipc, "_at_rest", lambda device: None)
+    monkeypatch.setattr(cuda_ipc, "encode", lambda text, named=(): f"{len(named)} {text}".encode())
+    monkeypatch.setattr(cuda_ipc.CudaIpcTransport, "_here", lambda self, device: "GPU-1")
+    weights = {"w": torch.zeros(4)}
+    manifest = (TensorSpec(name="w", dtype="float32", shape=(4,)),)
+    members = tuple(
+        WeightMember(engine_id=name, gpu_uuids=("GPU-1",), weight_hook="hook", instance_id=name)
+        for name in ("a", "b")
+    )
+    transport = cuda_ipc.CudaIpcTransport()
+
+    async def share(number: int) -> dict[str, HandlesOfEngine]:
+        prepared = Prepared(transaction_id=f"t{number}", members=members)
+        await transport.open(prepared, timeout_s=60.0)
+        return {each.engine_id: each for each in await transport.share(prepared, manifest, weights)}
+
+    assert [each.signal for each in (await share(1)).values()] == ["", ""]
+    transport.taken({"a"})
+    second = await share(2)
+    assert second["b"].signal == "", "it failed, and is told all of it again"
+    assert second["b"].handles[0].startswith(b"2 "), "the stamp and the tensor"
+    said = json.loads(second["a"].signal)
+    assert (said["transaction"], said["stamp"]) == ("t2", 2)
+    assert "places" not in said
+    assert second["a"].handles == (f"0 {second['a'].signal}".encode(),), "for who takes no signals"
+    weights = {"w": torch.zeros(4)}
+    assert (await share(3))["a"].signal == "", "they lie elsewhere"
