@@ -211,7 +211,7 @@ def _transaction(s: State, rules: Rules) -> Iterator[Move]:
         if s.row(s.version).term < s.term:
             yield "the newer term ends it", True, replace(s, version=0, step="")
         elif rules.goes_on == RUNNING:
-            yield "mark, order", True, replace(s, step="ordered", order=s.version, name=MARKED, serves=0)
+            yield "no new requests", True, replace(s, step="closed", serves=0)
         else:
             marked = replace(s, step="marked", paused=True, name=MARKED, weights=MIXED, serves=0)
             yield "pause, mark, first byte", True, marked
@@ -232,6 +232,11 @@ def _transaction(s: State, rules: Rules) -> Iterator[Move]:
     elif s.step == "resumed" and s.call == "refused":
         yield from (("withdraw", True, _ended(after)) for after in _withdrawn(s, rules))
 
+    elif s.step == "closed":
+        yield "mark, order", True, replace(s, step="ordered", order=s.version, name=MARKED)
+        if s.faults:
+            back = s.name if s.name != MARKED and s.row(s.name).state == PUBLISHED else 0
+            yield "it is aborted untouched", False, _ended(replace(s, serves=back, faults=s.faults - 1))
     elif s.step in ("ordered", "done"):
         yield from _ordered(s, rules)
     elif s.step == "failed":

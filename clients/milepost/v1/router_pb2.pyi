@@ -224,7 +224,7 @@ class Engine(_message.Message):
     state: Global___EngineState.ValueType
     """Its state."""
     weight_version: _builtins.int
-    """The version it serves; 0 when it serves none."""
+    """The version it serves, or is about to while it is UPDATING; 0 when it serves none."""
     weight_label: _builtins.int
     """Label of that version."""
     in_flight: _builtins.int

@@ -159,14 +159,21 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) ->
       model: SGLang's.
       named_tensors: the order's text with anything, then the segments by name.
     """
+    _load(model, named_tensors[0][0] if named_tensors else "", named_tensors[1:])
+
+
+def _load(
+    model: nn.Module, text: str, segments: Sequence[tuple[str, torch.Tensor]], *, signalled: bool = False
+) -> None:
+    """Does one order; never raises, but ends the process where it was `signalled` and is done in part."""
     begun = time.perf_counter()
     state = _state_of(model)
     state.report = {"transaction": "", "ok": False, "message": "it did not end"}
     try:
-        order = Order.read(named_tensors[0][0])
+        order = Order.read(text)
         state.report["transaction"] = order.transaction
         with torch.no_grad():
-            planned = _do(model, state, order, dict(named_tensors[1:]))
+            planned = _do(model, state, order, dict(segments), signalled=signalled)
             _synchronize(model)
         report = {"ok": True, "message": "", "planned": planned}
     except Exception as error:
@@ -177,7 +184,14 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) ->
     state.report = _of_all_ranks(model, report)
 
 
-def _do(model: nn.Module, state: _State, order: Order, segments: Mapping[str, torch.Tensor]) -> bool:
+def _do(
+    model: nn.Module,
+    state: _State,
+    order: Order,
+    segments: Mapping[str, torch.Tensor],
+    *,
+    signalled: bool,
+) -> bool:
     """Writes the weights of an order; returns whether by a plan."""
     _synchronize(model)  # a forward pass may still run, on a stream of its own
     if order.pushed:
@@ -196,10 +210,15 @@ def _do(model: nn.Module, state: _State, order: Order, segments: Mapping[str, to
         held = state.plan.layout if state.plan else "none"
         raise LookupError(f"layout {order.layout} is not known here ({held} is); send its tensors again")
     _require_live(state.plan.stamp, order)
+    if not signalled:
+        state.plan.run(model)
+        return not state.plan.refused
+    if state.plan.refused:
+        raise LookupError(f"a signal is for a plan, and there is none: {state.plan.refused}; send an order")
     with _whole_or_never():
         state.plan.run(model)
         _synchronize(model)
-    return not state.plan.refused
+    return True
 
 
 @contextmanager
@@ -208,9 +227,10 @@ def _whole_or_never() -> Generator[None]:
     try:
         yield
     except BaseException:
-        log.critical("weights were written in part: this engine ends", exc_info=True)
-        logging.shutdown()
-        os._exit(1)
+        try:
+            log.critical("weights were written in part: this engine ends", exc_info=True)
+        finally:
+            os._exit(1)
 
 
 def _require_live(stamp: torch.Tensor | None, order: Order) -> None:
@@ -444,7 +464,7 @@ def _give_reader(model: nn.Module, state: _State) -> None:
 
     def read(name: str, truncate_size: int = 100, **more: Any) -> Any:
         if name.startswith(SIGNAL):
-            load(model, [(name.removeprefix(SIGNAL), torch.empty(0))])
+            _load(model, name.removeprefix(SIGNAL), (), signalled=True)
         if name == REPORT or name.startswith(SIGNAL):
             return _as_numbers({**state.report, "takes_signals": _takes_signals(state)})
         if name == CHECKSUM:

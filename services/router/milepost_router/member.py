@@ -114,7 +114,7 @@ class Member:
         self._text_before = ""
         self._opening: Sequence[Call] = ()
         self._signal = ""
-        self._runs_on = False
+        self._runs_on: LoadedVersion | None = None
 
     @property
     def engine_id(self) -> str:
@@ -210,11 +210,9 @@ class Member:
         if order is not None and together and self.record.takes_signals:
             self._signal = _own_or_common(order, self).signal
         busy = self.record.in_flight > 0
-        self._runs_on = busy and unproven is not None and self._may_run_on(mode)
-        self._paused = order is None or (busy and not self._runs_on)
-        self._fleet.begin_update(self.record, now=_now(), runs_on=self._runs_on)
-        if self._runs_on and unproven is not None:
-            self._fleet.may_write(self.record, unproven)  # before any token of it can come
+        self._runs_on = unproven if busy and self._may_run_on(mode) else None
+        self._paused = order is None or (busy and self._runs_on is None)
+        self._fleet.begin_update(self.record, now=_now(), runs_on=self._runs_on is not None)
         opening = [naming(version_string.updating(self._transaction_id))]
         if self._paused:
             # Who counts tokens by its string gets it behind its last token. Others end replies under the
@@ -273,6 +271,8 @@ class Member:
             await self._api.receive_handles(handles, timeout_s=timeout_s)
             return
         if self._signal:
+            if self._runs_on is not None:
+                self._fleet.may_write(self.record, self._runs_on)  # before any token of it can come
             said = await self._api.signal(self._signal, opening=self._opening, timeout_s=timeout_s)
         else:
             said = await self._order(handles, load_format, timeout_s=timeout_s)
@@ -381,8 +381,7 @@ class Member:
                 self._fleet.release(self.record)
             return
         await self._leave_session()
-        if self._runs_on:
-            self._fleet.withdraw(self.record)
+        self._withdraw()
         if self.touched:
             await self._api.abort_all()
             await self._api.resume()
@@ -398,6 +397,11 @@ class Member:
         if self.present:
             self._fleet.break_off(self.record, why, text, now=_now())
 
+    def _withdraw(self) -> None:
+        """Takes its requests from it, if they may have tokens of what it was to get."""
+        if self._runs_on is not None and self.touched:
+            self._fleet.withdraw(self.record)
+
     def fail(self, why: str) -> None:
         """It failed: QUARANTINED, and its requests go elsewhere."""
         if self.stuck:
@@ -407,6 +411,7 @@ class Member:
         if not self.present:
             return
         if self.record.state in (EngineState.STALE, EngineState.SERVING, EngineState.UPDATING):
+            self._withdraw()  # also where it drains, and is not QUARANTINED
             self._fleet.quarantine(self.record, why, now=_now(), restart=self.stuck)
         else:
             self._fleet.release(self.record)

@@ -19,7 +19,7 @@ class EngineRecord:
     Attributes:
       home_run: the run it was configured for; empty: any run may claim it.
       run_id: the run it belongs to now.
-      version: what it serves; while UPDATING the old one until the new one is complete; 0: none.
+      version: what it serves; while UPDATING the old one until the new one is complete, or may be; 0: none.
       version_string: what it carries as far as we know, proven or not.
       generation: grows with every change of what is known about its weights.
       transaction: the weight transaction that it is a member of; empty: none.

@@ -305,7 +305,26 @@ print("lives", flush=True)
 """
 
 
-@pytest.mark.parametrize("then", [REFUSES, ANOTHER_MODEL], ids=["refuses", "another model"])
+SEVERAL_RANKS = """
+weight_hook._num_ranks = lambda: 2
+assert not here.report(model)["takes_signals"], "a signal would reach one of them"
+print("lives", flush=True)
+"""
+
+NO_PLAN = """
+weight_hook._states[model].plan.refused = "its loader does aten.mul"
+assert not here.report(model)["takes_signals"]
+said = signal("t3")
+assert not said["ok"] and "a signal is for a plan" in said["message"], said
+print("lives", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "then",
+    [REFUSES, ANOTHER_MODEL, SEVERAL_RANKS, NO_PLAN],
+    ids=["refuses", "another model", "several ranks", "no plan"],
+)
 def test_a_signal_is_done_whole_or_refused(then: str):
     done = alone(ALONE + then)
     assert (done.returncode, done.stdout) == (0, "lives\n"), done.stderr

@@ -79,6 +79,7 @@ def test_engines_without_spans_may_run_on_through_an_update(publish):
     assert found.stuck == []
     assert {
         "it is aborted",
+        "it is aborted untouched",
         "a late order is done",
         "prepare the same again",
         "the order is refused",

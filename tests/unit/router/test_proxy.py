@@ -272,6 +272,21 @@ async def test_an_engine_whose_version_the_ledger_refused_hands_its_requests_ove
         assert refused.in_flight == 0
 
 
+async def test_an_engine_that_runs_on_through_a_failing_update_hands_its_requests_over(raw_engines):
+    """What it generates may be of weights that are nobody's."""
+    a, b = raw_engines
+    a.serve = hang
+    async with front(a, b) as router:
+        asking = [asyncio.create_task(router.ask(x_milepost_session=f"s{i}")) for i in range(12)]
+        await a.asked()
+        fleet, failing = router.router.fleet, router.router.fleet.known("a")
+        fleet.begin_update(failing, now=0.0, runs_on=True)
+        fleet.withdraw(failing)
+        answers = await asyncio.gather(*asking)
+        assert {(status, content["engine"]) for status, _, content in answers} == {(200, "b")}
+        assert (failing.in_flight, router.states()["a"]) == (0, "UPDATING")
+
+
 async def test_a_kept_connection_that_the_engine_closed_costs_nothing(raw_engines):
     a, _ = raw_engines
 

@@ -297,6 +297,47 @@ async def test_who_runs_on_loses_its_requests_when_its_update_is_given_up(bench,
     assert bench.record("a").version == 0
 
 
+async def test_who_runs_on_is_as_before_where_its_update_is_given_up_before_its_signal(bench, tools):
+    """Another member is still being told when the trainer goes."""
+    await update_twice(bench, tools)
+    other = bench.record("b")
+    other.capabilities = replace(other.capabilities, update_session=True)
+    bench.engines["b"].hang("begin_weight_update")
+    withdrawn: list[str] = []
+    bench.fleet.subscribe(lambda x: withdrawn.append(x.engine.engine_id) if x and x.withdrawn else None)
+    prepared = await prepare(bench, tools, label=2, pause_mode=t.PauseMode.IN_PLACE)
+    taking = asyncio.create_task(
+        bench.transactions.find(prepared.transaction_id).take(order(prepared, again=True))
+    )
+    await bench.engines["b"].called("begin_weight_update")
+    await bench.transactions.abort(prepared.transaction_id, term=1, reason="the trainer is gone")
+    with pytest.raises(errors.FailedPrecondition):
+        await taking
+    record = bench.record("a")
+    assert (record.state.name, record.version, record.label) == ("SERVING", 2, 1)
+    assert record.version_string == bench.engines["a"].version_string == "run/2/1"
+    assert "a" not in withdrawn
+
+
+async def test_an_engine_with_an_update_session_takes_no_signal(bench, tools):
+    record = bench.record("a")
+    record.capabilities = replace(record.capabilities, update_session=True)
+    asked = await update_twice(bench, tools)
+    assert "order" in asked
+    assert "signal" not in asked
+
+
+async def test_who_drains_while_it_runs_on_and_fails_loses_its_requests(bench, tools):
+    await update_twice(bench, tools)
+    prepared = await prepare(bench, tools, label=2, pause_mode=t.PauseMode.IN_PLACE)
+    Loader(bench.engines["a"], message="out of memory", on_signal=lambda: bench.fleet.drain("a"))
+    seen: list[tuple[str, bool]] = []
+    bench.fleet.subscribe(lambda x: seen.append((x.engine.engine_id, x.withdrawn)) if x else None)
+    await bench.transactions.find(prepared.transaction_id).take(order(prepared, again=True))
+    assert bench.states()["a"] == "DRAINING"
+    assert ("a", True) in seen
+
+
 async def test_an_engine_that_refuses_a_signal_is_quarantined_alone(bench, tools):
     await update_twice(bench, tools)
     prepared = await prepare(bench, tools, label=2, pause_mode=t.PauseMode.IN_PLACE)
