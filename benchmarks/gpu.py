@@ -80,7 +80,7 @@ async def measure(shape: str, trainer: Trainer, runs: int) -> dict[str, Any]:
                 await trainer.publish(publisher, rounds)
                 if way == "hook" and trainer.on_gpu:
                     report = await trainer.read("milepost.report")
-                    found["planned"] = report["planned"]
+                    found["planned"], found["signalled"] = report["planned"], report["signalled"]
                     rounds.hook.append(report["seconds"])
                 flat.measure()
         found[way] = {name: each[-runs:] for name, each in asdict(rounds).items()}

@@ -4,7 +4,7 @@
     model's          bucket k: staging ──plan──> weights
 
 The first order of a layout names what lies where in each bucket; each is loaded by the model's own loader,
-and recorded (see `weight_hook.make_plan`). From the second one on an order starts all broadcasts and all
+and recorded (see `copy_plan.make_plan`). From the second one on an order starts all broadcasts and all
 copies at once, and waits for the last of them.
 
 An order has one deadline, `timeout_s`, whoever else is there to see to it:
@@ -36,7 +36,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d as c10d
 
-from milepost_engine.weight_hook import Place, Plan, make_plan, source
+from milepost_engine.copy_plan import Plan, make_plan
+from milepost_engine.weight_hook import Place, source
 
 GRACE_S = 10.0
 """How much later than the deadline of its order a process ends that is stuck in a call."""

@@ -32,17 +32,15 @@ from typing import Any, cast
 
 import orjson
 
-from milepost.errors import InvalidArgument
 from milepost.types import (
     BucketHeader,
     EngineState,
-    HandlesOfEngine,
     PauseMode,
     TensorSpec,
     Transport,
     WeightMember,
 )
-from milepost_router import version_string
+from milepost_router import handles, version_string
 from milepost_router.engine_api import (
     RESUMING,
     Call,
@@ -208,7 +206,7 @@ class Member:
         self._opened = True
         together = not (self._group_name or self.record.capabilities.update_session)
         if order is not None and together and self.record.takes_signals:
-            self._signal = _own_or_common(order, self).signal
+            self._signal = handles.brought(order, self.engine_id).signal
         busy = self.record.in_flight > 0
         self._runs_on = unproven if busy and self._may_run_on(mode) else None
         self._paused = order is None or (busy and self._runs_on is None)
@@ -255,7 +253,8 @@ class Member:
             if transport in COLLECTIVE and not header.whole:
                 await self._api.receive_broadcast(header.tensors, self._group_name, timeout_s=timeout_s)
             elif transport is Transport.DISK:
-                await self._api.load_folder(handles_of(header, self)[0], timeout_s=timeout_s)
+                (folder, *_) = handles.of_ranks(header, self.engine_id, self.ranks)
+                await self._api.load_folder(folder, timeout_s=timeout_s)
             else:
                 await self._receive(header, timeout_s=timeout_s)
         except EngineRefused:
@@ -265,17 +264,17 @@ class Member:
 
     async def _receive(self, header: BucketHeader, *, timeout_s: float) -> None:
         """Gives it the handles of a bucket; our loader in it says itself whether all of it is written."""
-        load_format = _own_or_common(header, self).load_format
-        handles = handles_of(header, self)
+        load_format = handles.brought(header, self.engine_id).load_format
+        texts = handles.of_ranks(header, self.engine_id, self.ranks)
         if not load_format:
-            await self._api.receive_handles(handles, timeout_s=timeout_s)
+            await self._api.receive_handles(texts, timeout_s=timeout_s)
             return
         if self._signal:
             if self._runs_on is not None:
                 self._fleet.may_write(self.record, self._runs_on)  # before any token of it can come
             said = await self._api.signal(self._signal, opening=self._opening, timeout_s=timeout_s)
         else:
-            said = await self._order(handles, load_format, timeout_s=timeout_s)
+            said = await self._order(texts, load_format, timeout_s=timeout_s)
         self._entangled = False  # it answers, and does not before its GPU is through
         if said.get("transaction") != self._transaction_id or not said.get("ok"):
             why = said.get("message") or f"it speaks of {said.get('transaction')!r}: it restarted"
@@ -283,7 +282,7 @@ class Member:
         self._fleet.takes_signals(self.record, said.get("takes_signals") is True)
         self._written = True
 
-    async def _order(self, handles: Sequence[str], load_format: str, *, timeout_s: float) -> dict[str, Any]:
+    async def _order(self, texts: Sequence[str], load_format: str, *, timeout_s: float) -> dict[str, Any]:
         """Gives it an order, and whatever is to come before it; returns what its loader reports.
 
         Asked for when the order begins, the report comes right behind it; too early, it is an older one.
@@ -297,7 +296,7 @@ class Member:
 
         try:
             await self._api.receive_order(
-                handles, load_format=load_format, opening=self._opening, begins=begins, timeout_s=timeout_s
+                texts, load_format=load_format, opening=self._opening, begins=begins, timeout_s=timeout_s
             )
             assert reporting is not None
             with contextlib.suppress(EngineFault):
@@ -448,34 +447,6 @@ class Member:
             self._session = False
             with contextlib.suppress(EngineRefused):
                 await self._api.end_update()
-
-
-def handles_of(header: BucketHeader, member: Member) -> list[str]:
-    """The handles of a bucket for one member, one a rank.
-
-    Raises:
-      InvalidArgument: there is none for it, or not one a rank.
-    """
-    chosen = _own_or_common(header, member)
-    if not chosen.handles:
-        raise InvalidArgument(
-            f"handles of bucket {header.bucket_index}: none for engine {member.engine_id}; send one with its "
-            "engine_id, or one without engine_id for every member"
-        )
-    if len(chosen.handles) not in (1, member.ranks):
-        raise InvalidArgument(
-            f"handles of bucket {header.bucket_index} for engine {member.engine_id}: {len(chosen.handles)} "
-            f"were sent for {member.ranks} ranks; send one a rank"
-        )
-    texts = [h.decode() for h in chosen.handles]
-    return texts * member.ranks if len(texts) == 1 else texts
-
-
-def _own_or_common(header: BucketHeader, member: Member) -> HandlesOfEngine:
-    """What a header brings for a member; without handles where it brings nothing."""
-    own = [h for h in header.handles if h.engine_id == member.engine_id]
-    common = [h for h in header.handles if not h.engine_id]
-    return (own or common or [HandlesOfEngine()])[0]
 
 
 async def _both(*calls: Awaitable[None]) -> None:

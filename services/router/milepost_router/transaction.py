@@ -35,8 +35,9 @@ from typing import Any
 from milepost import types as t
 from milepost.errors import DataLoss, FailedPrecondition, InvalidArgument, MilepostError, StaleEpoch
 from milepost.types import Transport
+from milepost_router import handles
 from milepost_router.engine_api import EngineFault, EngineRefused
-from milepost_router.member import Member, handles_of, odd_ones
+from milepost_router.member import Member, odd_ones
 from milepost_router.metrics import TransactionClock
 from milepost_router.plan import Phase, Plan
 from milepost_router.together import Call, call_all
@@ -190,7 +191,7 @@ class Transaction:
         """Moves one bucket; returns why the group is broken, where one is."""
         first = self.phase is Phase.PREPARED
         if first:
-            by_hook = header.whole and all(handles.load_format for handles in header.handles)
+            by_hook = header.whole and all(each.load_format for each in header.handles)
             on_disk = self.plan.request.transport is Transport.DISK
             broken = await self._open_members(header if by_hook and not on_disk else None)
             if broken:
@@ -279,7 +280,7 @@ class Transaction:
             raise InvalidArgument(f"{where}: whole = true: send one bucket alone, and name no tensors in it")
         if header.whole or not self.plan.collective:
             for member in self._live:
-                handles_of(header, member)
+                handles.of_ranks(header, member.engine_id, member.ranks)
         elif not header.tensors:
             raise InvalidArgument(f"{where}: tensors is empty; name what is broadcast")
 

@@ -107,21 +107,26 @@ def order(prepared: t.Prepared, *, again: bool = False, **changes: Any) -> t.Buc
     return t.BucketHeader(**(given | changes))
 
 
+def launched(bench: Any, fake: Any) -> None:
+    """It joins as SGLang before 0.5.19 with our hook in it, and without a prefix cache."""
+    bench.join(
+        fake,
+        engine="sglang 0.5.17",
+        update_session=False,
+        version_spans=False,
+        transports=(Transport.CUDA_IPC,),
+        gpu_uuids=("GPU-1",),
+        weight_hook=WEIGHT_HOOK,
+    )
+    bench.record(fake.name).caches_prefixes = False
+
+
 @pytest.fixture
 async def bench(tools: Any, fake_engine: Any) -> AsyncIterator[Any]:
     """Two engines on one GPU that were launched with our hook; nobody compares checksums."""
     made = tools.bench(verify_checksum=False)
     for name in ("a", "b"):
-        made.join(
-            await fake_engine(name),
-            engine="sglang 0.5.17",
-            update_session=False,
-            version_spans=False,
-            transports=(Transport.CUDA_IPC,),
-            gpu_uuids=("GPU-1",),
-            weight_hook=WEIGHT_HOOK,
-        )
-        made.record(name).caches_prefixes = False
+        launched(made, await fake_engine(name))
     yield made
     await made.transactions.close()
     made.pool.close()
@@ -240,15 +245,7 @@ async def test_engines_that_cache_prefixes_are_paused_for_a_signal(bench, tools)
 async def test_engines_whose_weights_are_compared_are_paused_for_a_signal(tools, fake_engine):
     bench = tools.bench()
     for name in ("a", "b"):
-        bench.join(
-            await fake_engine(name),
-            engine="sglang 0.5.17",
-            update_session=False,
-            version_spans=False,
-            transports=(Transport.CUDA_IPC,),
-            weight_hook=WEIGHT_HOOK,
-        )
-        bench.record(name).caches_prefixes = False
+        launched(bench, await fake_engine(name))
     try:
         assert await update_twice(bench, tools) == ["name", "pause", "signal", "name", "continue"]
     finally:
