@@ -14,7 +14,8 @@ published only once an engine holds it whole; and whatever happened, the run goe
 
 An engine whose loader does all of an order between two steps may also run on all along (`RUNNING`). It is
 judged by what is sealed then: no token of nobody's weights, and none of a version newer than the reply names.
-Its order may be done late, after its transaction was given up and what it copies from has moved on.
+Its order may be done late, after its transaction was given up and what it copies from has moved on. Requests
+may be sent to it as soon as it has reported that the order is done, before it is named (`REPORTED`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ MIXED, MARKED = 0, 0
 """Weights that are nobody's, and the name that says so."""
 AFTER, RESUME, NAME, COPY = "publish, then resume", "beside resuming", "beside naming", "beside the copy"
 NAMED, RUNNING = "when it is named", "all along"
+RESUMED, REPORTED, ORDERED = "when it has its name", "when it reports", "when it is told"
 _STEPS = ("open", "marked", "written", "named", "resumed")
 
 
@@ -44,6 +46,7 @@ class Rules:
       newborn_asks_the_ledger: a router that starts admits a reserved version only by publishing it.
       resume_names_first: an engine goes on only under the name of what it holds.
       goes_on: when the engine generates again.
+      served: from when on new requests are sent to it.
       loader_is_sure: an order that fails has written nothing, or ends its engine.
       order_names_the_end: from the order on, replies that end may end with its version.
       abort_takes_requests: an engine that runs on loses its requests when its update is given up.
@@ -52,6 +55,7 @@ class Rules:
 
     publish: str = NAME
     goes_on: str = NAMED
+    served: str = RESUMED
     loader_is_sure: bool = True
     order_names_the_end: bool = True
     abort_takes_requests: bool = True
@@ -220,6 +224,7 @@ def _transaction(s: State, rules: Rules) -> Iterator[Move]:
         if s.faults and s.call != "under way":
             yield "it is aborted", False, _ended(_interrupted(replace(s, faults=s.faults - 1)))
     elif s.step == "written":
+        yield from _served_unnamed(s, REPORTED, rules)
         yield "name", True, replace(s, step="named", name=s.version)
         if not rules.resume_names_first:
             yield "resume, and name later", True, replace(s, paused=False)
@@ -227,6 +232,8 @@ def _transaction(s: State, rules: Rules) -> Iterator[Move]:
         yield "take the name back", True, _ended(_interrupted(replace(s, name=MARKED)))
     elif s.step == "named" and not before_resuming:
         yield "resume", True, replace(s, step="resumed", paused=False, serves=s.version)
+        if s.call == "refused" and s.serves:
+            yield from (("withdraw unnamed", True, _ended(after)) for after in _withdrawn(s, rules))
     elif s.step == "resumed" and s.call in ("done", "away"):
         yield "committed", True, _ended(replace(s, repeats=s.version if s.call == "away" else 0))
     elif s.step == "resumed" and s.call == "refused":
@@ -245,7 +252,19 @@ def _transaction(s: State, rules: Rules) -> Iterator[Move]:
         yield "its requests end", True, _ended(_interrupted(s))
 
 
+def _served_unnamed(s: State, when: str, rules: Rules) -> Iterator[Move]:
+    """New requests go to an engine that has no name yet; refused, it loses them, and is named later."""
+    if rules.served != when:
+        return
+    if s.call != "refused":
+        if not s.serves:
+            yield "served, and named later", True, replace(s, serves=s.version)
+    elif s.serves:
+        yield from (("withdraw unnamed", True, after) for after in _withdrawn(s, rules))
+
+
 def _ordered(s: State, rules: Rules) -> Iterator[Move]:
+    yield from _served_unnamed(s, ORDERED, rules)
     if s.step == "done":
         yield "the report is good", True, replace(s, step="written")
     if not s.faults:

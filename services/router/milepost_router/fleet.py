@@ -217,7 +217,7 @@ class Fleet:
         """Takes an engine out of routing for good; one that is UPDATING when its transaction is over."""
         record = self.known(engine_id)
         record.leaving = True
-        if record.state in (S.UPDATING, S.DRAINING):
+        if record.state in (S.UPDATING, S.DRAINING) or record.awaits_name:
             self._changed(None)
         else:
             self._move(record, S.DRAINING, "drained by request")
@@ -243,7 +243,7 @@ class Fleet:
         """It answered a probe and carries the version string `text`, read under `generation`."""
         record.last_seen, record.probe_failures = now, 0
         removed = self._engines.get(record.engine_id) is not record
-        if removed or generation != record.generation or record.state is S.UPDATING:
+        if removed or generation != record.generation or record.state is S.UPDATING or record.awaits_name:
             return
         was_suspect, record.suspect = record.suspect, False
         restarted = bool(record.version_string) and text != record.version_string
@@ -382,9 +382,16 @@ class Fleet:
         record.version, record.label = loaded.version, loaded.label
         record.generation += 1
 
+    def serve_unnamed(self, record: EngineRecord, *, now: float) -> None:
+        """It generates with its new weights; its name follows, and its transaction has it until then."""
+        record.unnamed = record.transaction
+        self._resumed(record, now)
+        self._settle(record, S.SERVING, f"serves version {record.version}")
+
     def finish_update(self, record: EngineRecord, *, now: float) -> None:
-        """It resumed at its new version."""
+        """It is named, and resumed at its new version."""
         record.transaction, record.strikes, record.request_failures = "", 0, 0
+        record.generation += 1  # who looked at it before may have read its mark
         self._resumed(record, now)
         self._settle(record, S.SERVING, f"serves version {record.version}")
 

@@ -14,7 +14,8 @@ fails, the order may have been carried out all the same, so the member counts as
 
 A loader that has the layout needs no more than a signal, and is done with it between two of the engine's
 steps, so an engine need not be paused for it (`_runs_on`, ADR 25). Such a member is never half written;
-should its transaction end without a commit, its requests are taken from it with all that they have.
+should its transaction end without a commit, its requests are taken from it with all that they have. It is
+served from before it is named, as any that nobody paused and whose replies we name (`_needs_no_name`).
 
 A call that fails raises EngineFault; the transaction decides what that means for the others. Only `serve`,
 `put_back` and `fail` settle the engine in the fleet.
@@ -332,6 +333,18 @@ class Member:
         self._entangled = False
         return checksum if with_checksum else ""
 
+    @property
+    def _needs_no_name(self) -> bool:
+        """It generates, stays, and nobody but us says with what: its string is for the next router."""
+        spans, prefixes = self.record.capabilities.version_spans, self.record.caches_prefixes
+        return not (self._paused or spans or prefixes or self.record.leaving)
+
+    def serve_unnamed(self, loaded: LoadedVersion) -> None:
+        """Requests may come already where its name can follow; `go_on` and `serve` are due all the same."""
+        if self.present and self._needs_no_name:
+            self._fleet.loaded_version(self.record, loaded)
+            self._fleet.serve_unnamed(self.record, now=_now())
+
     async def go_on(self, loaded: LoadedVersion) -> None:
         """Names its complete weights, forgets prefixes cached under the old ones, and lets it generate."""
         self._require_present()
@@ -358,7 +371,7 @@ class Member:
         await self._api.set_version(version_string.updating(self._transaction_id))
 
     def serve(self) -> None:
-        """Requests may come: it is out of the transaction."""
+        """Requests may come, if they did not before: it is out of the transaction."""
         self._fleet.finish_update(self.record, now=_now())
 
     # ------------------------------------------------------------------------------------ back

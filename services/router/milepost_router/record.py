@@ -23,6 +23,7 @@ class EngineRecord:
       version_string: what it carries as far as we know, proven or not.
       generation: grows with every change of what is known about its weights.
       transaction: the weight transaction that it is a member of; empty: none.
+      unnamed: the transaction in which it was served from before it was named; see `awaits_name`.
       suspect: a connection to it broke and no probe has looked at it since.
       leaving: drained or removed.
       healed: it answered a probe since it was quarantined.
@@ -52,6 +53,7 @@ class EngineRecord:
     detail: str = "waits for its first probe"
     generation: int = 0
     transaction: str = ""
+    unnamed: str = ""
     suspect: bool = False
     leaving: bool = False
     healed: bool = False
@@ -76,6 +78,11 @@ class EngineRecord:
     def routable(self) -> bool:
         """It may be sent new requests."""
         return self.state is S.SERVING and not self.suspect and not self.leaving
+
+    @property
+    def awaits_name(self) -> bool:
+        """It is served from, and its string does not name what it holds yet."""
+        return bool(self.transaction) and self.unnamed == self.transaction
 
     @property
     def loaded(self) -> LoadedVersion | None:

@@ -19,7 +19,8 @@ Order at the commit (ADR 20): sessions closed, weights read back (a synchronisin
 between engines of one layout; then, beside one another, the version is published in the ledger, and each
 engine is given its version string, resumed and served from. The commit is over when both are. While the
 ledger is away only the publication waits; where it refuses, whoever serves the version already is withdrawn,
-requests and all. Some engines are not paused at all and generate with their new weights before (ADR 25).
+requests and all. Some engines are not paused at all and generate with their new weights before; they are
+served from beside their naming, too (ADR 25).
 
 State belongs to the transaction and is changed under its lock; members settle their engines in the fleet.
 """
@@ -43,6 +44,9 @@ from milepost_router.plan import Phase, Plan
 from milepost_router.together import Call, call_all
 
 log = logging.getLogger(__name__)
+
+_TURNS = 5
+"""Of the loop, from a change of the fleet until the message that tells it is handed to gRPC."""
 
 Publish = Callable[["Transaction", tuple[str, ...]], Awaitable[bool]]
 Tell = Callable[["Transaction"], None]
@@ -311,6 +315,9 @@ class Transaction:
         self._clock.enter("verify")
         sums = await self._verify()
         self._clock.enter("commit")
+        for member in self._live:
+            member.serve_unnamed(self.plan.loaded)
+        await _let_watchers_go()
         going_on = asyncio.create_task(self._step(self._go_on), name="go on")  # first: requests wait for it
         publishing = asyncio.create_task(self._tell_ledger(), name=f"publish {self.plan.version}")
         try:
@@ -470,6 +477,12 @@ class Transaction:
         task = asyncio.create_task(run(), name=name)
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
+
+
+async def _let_watchers_go() -> None:
+    """Requests that wait for an engine, and whoever watches the fleet, get their turns before more calls."""
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:

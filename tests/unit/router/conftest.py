@@ -290,6 +290,26 @@ class Bench:
 TENSORS = tuple(t.TensorSpec(name=f"w{i}", dtype="float32", shape=(2,)) for i in range(2))
 
 
+class HeldLedger:
+    """Holds publications back until `answer`; what else is asked goes to the bench's ledger."""
+
+    def __init__(self, bench: Any) -> None:
+        self._publish = bench.ledger.publish
+        self._may = asyncio.Event()
+        self.asked = asyncio.Event()
+        bench.ledger.publish = self.publish
+
+    async def publish(self, publication: Publication) -> bool:
+        """Publishes once it may."""
+        self.asked.set()
+        await self._may.wait()
+        return await self._publish(publication)
+
+    def answer(self) -> None:
+        """From now on it may."""
+        self._may.set()
+
+
 def request(**changes: Any) -> t.PrepareRequest:
     """A preparation of two tensors through shared memory."""
     given: dict[str, Any] = {
@@ -353,6 +373,7 @@ class Tools:
     commit = staticmethod(commit)
     until = staticmethod(until)
     tensors = TENSORS
+    HeldLedger = HeldLedger
 
 
 @pytest.fixture

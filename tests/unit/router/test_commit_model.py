@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from commit_model import AFTER, COPY, NAME, RESUME, RUNNING, Rules, Verdict
+from commit_model import AFTER, COPY, NAME, ORDERED, REPORTED, RESUME, RUNNING, Rules, Verdict
 from commit_model import search as search_all
 
 SPANS = pytest.mark.parametrize("spans", [True, False], ids=["spans", "brackets"])
@@ -103,4 +103,27 @@ def test_engines_without_spans_may_run_on_through_an_update(publish):
 )
 def test_none_of_the_rules_for_running_on_can_be_left_out(without, breaks):
     found = search(replace(RUNS_ON, **without))
+    assert breaks in found.broken, "the rule guards against nothing"
+
+
+@pytest.mark.parametrize("publish", [RESUME, NAME])
+def test_engines_that_run_on_may_be_served_from_before_they_are_named(publish):
+    found = search(replace(RUNS_ON, publish=publish, served=REPORTED, faults=3))
+    assert found.broken == {}
+    assert found.stuck == []
+    assert {"served, and named later", "withdraw unnamed", "committed", "sealed"} <= found.seen
+
+
+@pytest.mark.parametrize(
+    ("without", "breaks"),
+    [
+        ({"served": ORDERED}, "served from under another version than its weights'"),
+        ({"spans": True}, "a token of weights that do not bear their name"),
+        ({"refusal_takes_requests": False}, "sealed with tokens of a version that is void"),
+        ({"order_names_the_end": False}, "sealed with tokens of a version newer than it names"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_none_of_the_rules_for_serving_before_the_name_can_be_left_out(without, breaks):
+    found = search(replace(RUNS_ON, **({"served": REPORTED} | without)))
     assert breaks in found.broken, "the rule guards against nothing"

@@ -11,32 +11,13 @@ import pytest
 from milepost import errors
 from milepost.types import EngineState
 from milepost_router.fleet import Transition
-from milepost_router.ledger import Publication
 from milepost_router.plan import Phase
-
-
-class HeldLedger:
-    """Holds publications back until `answer`; what else is asked goes to the bench's ledger."""
-
-    def __init__(self, bench: Any) -> None:
-        self._publish = bench.ledger.publish
-        self._may = asyncio.Event()
-        self.asked = asyncio.Event()
-        bench.ledger.publish = self.publish
-
-    async def publish(self, publication: Publication) -> bool:
-        self.asked.set()
-        await self._may.wait()
-        return await self._publish(publication)
-
-    def answer(self) -> None:
-        self._may.set()
 
 
 @pytest.fixture
 async def committing(bench: Any, tools: Any) -> AsyncIterator[Any]:
     """Version 1 is transferred, its commit under way, and the ledger is silent."""
-    held = HeldLedger(bench)
+    held = tools.HeldLedger(bench)
     prepared = await bench.transactions.prepare(tools.request())
     await tools.transfer(bench, prepared)
     task = asyncio.create_task(tools.commit(bench, prepared))
@@ -66,7 +47,7 @@ async def test_engines_serve_while_the_ledger_has_not_answered_and_the_commit_wa
 
 
 async def test_the_ledger_is_told_while_an_engine_is_still_being_named(bench, tools):
-    held = HeldLedger(bench)
+    held = tools.HeldLedger(bench)
     prepared = await bench.transactions.prepare(tools.request(engine_ids=("b",)))
     await tools.transfer(bench, prepared)
     bench.engines["b"].hang("update_weight_version")

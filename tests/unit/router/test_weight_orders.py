@@ -421,3 +421,148 @@ async def test_a_whole_model_is_one_bucket_without_tensors(bench, tools, changes
     with pytest.raises(errors.InvalidArgument):
         await bench.transactions.find(prepared.transaction_id).take(order(prepared, **changes))
     assert all(not fake.calls for fake in bench.engines.values())
+
+
+# ------------------------------------------------------------------------------- served before it is named
+
+
+class HeldName:
+    """Engine a is not told the name of its weights before `may_go`; it is `asked` for it."""
+
+    def __init__(self, bench: Any) -> None:
+        self.asked, self.may_go = asyncio.Event(), asyncio.Event()
+        self.fails = False
+        bench.engines["a"].reactions["update_weight_version"] = self._react
+
+    async def _react(self, request: web.Request, body: Any) -> web.Response | None:
+        if not body["new_version"].startswith("run/"):
+            return None
+        self.asked.set()
+        await self.may_go.wait()
+        return web.Response(status=500) if self.fails else None
+
+
+async def name_held(bench: Any, tools: Any) -> tuple[HeldName, t.Prepared, asyncio.Task[Any]]:
+    """Version 1 is in both engines, which have no requests; b is done, a waits for its name."""
+    for fake in bench.engines.values():
+        Loader(fake)
+    held = HeldName(bench)
+    prepared = await prepare(bench, tools)
+    await bench.transactions.find(prepared.transaction_id).take(order(prepared))
+    task = asyncio.create_task(tools.commit(bench, prepared, num_buckets=1))
+    async with asyncio.timeout(10):
+        await held.asked.wait()
+    return held, prepared, task
+
+
+@pytest.fixture
+async def naming(bench: Any, tools: Any) -> AsyncIterator[tuple[HeldName, t.Prepared, asyncio.Task[Any]]]:
+    """As `name_held`; the ledger has answered."""
+    held, prepared, task = await name_held(bench, tools)
+    yield held, prepared, task
+    held.may_go.set()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_engine_at_rest_is_served_from_before_it_is_named(bench, tools, naming):
+    held, prepared, task = naming
+    record, fake = bench.record("a"), bench.engines["a"]
+    assert (record.state.name, record.version, record.label) == ("SERVING", 1, 0)
+    assert record.routable
+    assert fake.version_string == f"updating/{prepared.transaction_id}"
+    assert not task.done(), "the commit waits for the name"
+    assert not bench.fleet.eligible(record, 1e9), "it has not left its transaction"
+    bench.fleet.probe_ok(record, fake.version_string, generation=record.generation, now=0.0)
+    assert record.state.name == "SERVING", "its mark does not say that it was started again"
+    early = record.generation
+    held.may_go.set()
+    committed = await task
+    assert (committed.serving, committed.quarantined) == (("a", "b"), {})
+    assert fake.version_string == record.version_string == "run/1/0"
+    bench.fleet.probe_ok(record, f"updating/{prepared.transaction_id}", generation=early, now=0.0)
+    assert record.state.name == "SERVING", "what was read before it was named says nothing"
+    assert bench.fleet.eligible(record, 1e9)
+
+
+@pytest.mark.parametrize("why", ["requests", "spans", "prefixes"])
+async def test_an_engine_that_is_paused_or_speaks_for_itself_is_named_before_it_is_served_from(
+    why, bench, tools
+):
+    for fake in bench.engines.values():
+        Loader(fake)
+    record, held = bench.record("a"), HeldName(bench)
+    if why == "requests":
+        bench.fleet.request_started(record)
+    record.caches_prefixes = why == "prefixes"
+    record.capabilities = replace(record.capabilities, version_spans=why == "spans")
+    prepared = await prepare(bench, tools)
+    await bench.transactions.find(prepared.transaction_id).take(order(prepared))
+    task = asyncio.create_task(tools.commit(bench, prepared, num_buckets=1))
+    async with asyncio.timeout(10):
+        await held.asked.wait()
+    assert bench.states() == {"a": "UPDATING", "b": "SERVING"}
+    held.may_go.set()
+    assert (await task).serving == ("a", "b")
+
+
+async def test_who_is_served_from_unnamed_loses_its_requests_when_the_ledger_refuses(bench, tools):
+    ledger = tools.HeldLedger(bench)
+    held, prepared, task = await name_held(bench, tools)
+    withdrawn: list[str] = []
+    bench.fleet.subscribe(lambda x: withdrawn.append(x.engine.engine_id) if x and x.withdrawn else None)
+    bench.ledger.refusal = errors.StaleTerm("term 1 is over")
+    ledger.answer()
+    await tools.until(lambda: bench.states() == {"a": "STALE", "b": "STALE"})
+    assert withdrawn == ["a", "b"], "before it has its name"
+    held.may_go.set()
+    with pytest.raises(errors.StaleTerm):
+        await task
+    record, fake = bench.record("a"), bench.engines["a"]
+    assert fake.version_string == record.version_string == f"updating/{prepared.transaction_id}"
+    assert (record.state.name, record.transaction) == ("STALE", "")
+    assert "abort_request" in fake.calls
+
+
+async def test_who_is_served_from_and_does_not_take_its_name_is_quarantined_alone(bench, tools, naming):
+    held, _, task = naming
+    held.fails = True
+    held.may_go.set()
+    committed = await task
+    assert committed.serving == ("b",)
+    assert "update_weight_version" in committed.quarantined["a"]
+    assert bench.states() == {"a": "QUARANTINED", "b": "SERVING"}
+    assert bench.record("a").version == 0
+
+
+async def test_who_is_drained_while_it_waits_for_its_name_is_named_first(bench, tools, naming):
+    held, _, task = naming
+    record = bench.fleet.drain("a")
+    assert (record.state.name, record.routable) == ("SERVING", False)
+    held.may_go.set()
+    committed = await task
+    assert committed.quarantined == {}
+    assert bench.states() == {"a": "DRAINING", "b": "SERVING"}
+    assert bench.engines["a"].version_string == "run/1/0"
+    assert record.transaction == ""
+
+
+async def test_who_was_drained_before_is_not_served_from_any_more(bench, tools):
+    for fake in bench.engines.values():
+        Loader(fake)
+    prepared = await prepare(bench, tools)
+    await bench.transactions.find(prepared.transaction_id).take(order(prepared))
+    bench.fleet.drain("a")
+    committed = await tools.commit(bench, prepared, num_buckets=1)
+    assert committed.quarantined == {}
+    assert bench.states() == {"a": "DRAINING", "b": "SERVING"}
+
+
+async def test_who_is_lost_while_it_waits_for_its_name_is_the_fleets_affair(bench, tools, naming):
+    held, _, task = naming
+    record = bench.record("a")
+    bench.fleet.quarantine(record, "5 requests in a row failed", now=0.0)
+    held.may_go.set()
+    committed = await task
+    assert committed.serving == ("b",)
+    assert bench.states() == {"a": "QUARANTINED", "b": "SERVING"}
+    assert (record.version, record.transaction) == (0, "")
