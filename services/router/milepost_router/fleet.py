@@ -307,6 +307,10 @@ class Fleet:
         if record.state is S.SERVING and record.request_failures >= self._limits.request_failures:
             self.quarantine(record, f"{record.request_failures} requests in a row failed", now=now)
 
+    def generated(self, record: EngineRecord, now: float) -> None:
+        """Tokens came from it."""
+        record.generated_at = now
+
     def suspected(self, record: EngineRecord) -> None:
         """A connection to it broke: no new requests until a probe has looked at it."""
         if not record.suspect and record.state is not S.UPDATING:

@@ -7,7 +7,9 @@
 
 SGLang's /health generates a token, so it takes a second and fails while the engine is paused. It is asked
 once, to learn whether the engine has started; from then on /server_info, which its scheduler answers, is the
-sign of life. An engine joins by its URL alone; one that our launcher started also has its GPUs' UUIDs.
+sign of life. That holds decoding up for some milliseconds, for it lists all that the server was started with;
+so it is not asked where tokens came since the round before. An engine joins by its URL alone; one that our
+launcher started also has its GPUs' UUIDs.
 
 The prober owns its tasks: the round, and at most one look an engine. Each look has a deadline.
 """
@@ -124,7 +126,7 @@ class Prober:
         ours = record.capabilities.engine.startswith("milepost")
         if ours:
             await api.health(timeout_s=self._timeout_s)
-        else:
+        elif not self._generates(record):
             await api.server_info(timeout_s=self._timeout_s)
         text = _version_of(record, await api.model_info(timeout_s=self._timeout_s))
         new = record.state in (EngineState.JOINING, EngineState.DEAD)
@@ -134,6 +136,11 @@ class Prober:
             await api.health(timeout_s=self._timeout_s)
             await self._warm_up(record, api)
         return text
+
+    def _generates(self, record: EngineRecord) -> bool:
+        """Tokens of it came since the round before, so its scheduler lives."""
+        since = asyncio.get_running_loop().time() - self._interval_s
+        return record.generated_at >= since and record.state is EngineState.SERVING and not record.suspect
 
     async def _warm_up(self, record: EngineRecord, api: EngineApi) -> None:
         """Has its checksum compiled now, which takes seconds, instead of while it is paused for an update."""

@@ -35,7 +35,7 @@ from milepost_common.telemetry import tracing
 from milepost_router import headers, proxy_errors, routing, spans
 from milepost_router.fleet import Fleet, Transition
 from milepost_router.http_connection import EXCHANGE, Exchange
-from milepost_router.metrics import CLIENT_LEFT, ENGINE_ERROR, REFUSED, ProxyMeter
+from milepost_router.metrics import CLIENT_LEFT, ENGINE_ERROR, OK, REFUSED, ProxyMeter
 from milepost_router.passage import Deadlines, Passage
 from milepost_router.record import EngineRecord
 from milepost_router.settings import RouterSettings
@@ -58,6 +58,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 log = logging.getLogger(__name__)
+
+_GENERATING = (b"/generate", b"/v1/completions", b"/v1/chat/completions")
+"""Targets whose replies come from an engine's scheduler."""
 
 
 class ServerError(UpstreamError):
@@ -307,7 +310,10 @@ class Proxy:
         passages.discard(passage)
         if not passages and record.leaving:
             del self._passages[record]
-        self._fleet.request_ended(record, failed=failed, now=self._loop.time())
+        now = self._loop.time()
+        if not failed and passage.head_sent and passage.outcome is OK and _generates(passage):
+            self._fleet.generated(record, now)
+        self._fleet.request_ended(record, failed=failed, now=now)
         passage.taken_back()
 
     def _request_head(self, passage: Passage, record: EngineRecord) -> bytes:
@@ -373,6 +379,8 @@ class Proxy:
         passage.head_sent, passage.streams_events = True, ends_with_comment
         await send(_start(reply.status, head))
         while chunk:
+            if ends_with_comment:
+                self._fleet.generated(record, self._loop.time())
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
             chunk = await connection.chunk()
         last = headers.end_of_stream(record.version) if ends_with_comment else b""
@@ -491,3 +499,8 @@ def _start(status: int, head: RawHeaders) -> dict[str, Any]:
 
 def _kept(upstream: RawHeaders) -> RawHeaders:
     return [(k, v) for k, v in upstream if k in (b"content-type", b"retry-after")]
+
+
+def _generates(passage: Passage) -> bool:
+    """Its reply holds tokens."""
+    return passage.target.startswith(_GENERATING)

@@ -33,6 +33,7 @@ class EngineRecord:
       expected: STALE, but whoever trains is about to give it weights.
       restart: it hangs in a collective for good: out of everything until it has been started again.
       lives: how often it was started, as far as we know.
+      generated_at: when tokens of it came last.
       takes_signals: our loader in it can repeat the order that it did last by a signal.
       caches_prefixes: it may hold KV of prefixes under older weights, unless told to forget them.
       paused_since: when we paused it; None: it runs.
@@ -71,6 +72,7 @@ class EngineRecord:
     requests_total: int = 0
     failures_total: int = 0
     last_seen: float = 0.0
+    generated_at: float = float("-inf")
     paused_since: float | None = None
     paused_total: float = 0.0
 

@@ -251,3 +251,38 @@ async def test_prefixes_that_outlive_an_update_are_warned_of(fake_engine, caplog
     async with Watch(fake, Judge()) as watch:
         await watch.until(EngineState.STALE)
     assert ("--disable-radix-cache" in caplog.text) is warns
+
+
+async def test_an_engine_that_generates_is_not_held_up_by_asking_its_scheduler(fake_engine):
+    """SGLang's /server_info takes milliseconds of the process that decodes."""
+    fake = await fake_engine("a")
+    fake.kind = "sglang"
+
+    def asked(what: str) -> int:
+        return fake.looks.count(f"GET /{what}")
+
+    async def looked(times: int) -> None:
+        until = asked("model_info") + times
+        async with asyncio.timeout(30):
+            while asked("model_info") < until:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    async with Watch(fake, None) as watch:
+        await watch.until(EngineState.SERVING)
+        before = asked("server_info")
+        await looked(3)
+        assert asked("server_info") > before
+        watch.fleet.generated(watch.record, float("inf"))
+        await looked(1)
+        before = asked("server_info")
+        await looked(3)
+        assert asked("server_info") == before
+        watch.fleet.suspected(watch.record)
+        async with asyncio.timeout(30):
+            while asked("server_info") == before:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        watch.record.suspect = False
+        watch.fleet.generated(watch.record, float("-inf"))
+        before = asked("server_info")
+        await looked(3)
+        assert asked("server_info") > before, "it generates no more"

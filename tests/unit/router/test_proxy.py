@@ -80,6 +80,50 @@ async def test_a_stream_passes_chunk_by_chunk_and_ends_with_its_version(raw_engi
         assert await reply.content.read() == b"data: [DONE]\n\n: x-milepost-version-end: 0\n\n"
 
 
+@pytest.mark.parametrize(
+    ("path", "status", "tells"),
+    [
+        ("/generate", "200 OK", True),
+        ("/v1/chat/completions", "200 OK", True),
+        ("/v1/tokenize", "200 OK", False),
+        ("/generate", "400 Bad Request", False),
+    ],
+)
+async def test_replies_with_tokens_are_signs_of_life(raw_engines, path, status, tells):
+    a, _ = raw_engines
+
+    async def answer(exchange: Exchange) -> None:
+        await exchange.answer(b"{}", status=status)
+
+    a.serve = answer
+    async with front(a) as router:
+        [record] = router.router.fleet
+        for _ in range(2):  # by a task, and on a kept connection
+            record.generated_at = -1.0
+            assert (await router.ask(path))[0] == int(status[:3])
+            assert (record.generated_at > 0) == tells
+
+
+async def test_each_chunk_of_a_stream_is_a_sign_of_life(raw_engines):
+    a, _ = raw_engines
+    go_on = asyncio.Event()
+
+    async def stream(exchange: Exchange) -> None:
+        await exchange.start_stream()
+        await exchange.chunk(b"data: 1\n\n")
+        await exchange.chunk(b"data: 2\n\n")
+        await go_on.wait()
+        await exchange.send(b"0\r\n\r\n")
+
+    a.serve = stream
+    async with front(a) as router, router.post() as reply:
+        [record] = router.router.fleet
+        await reply.content.readexactly(18)
+        await router.until(lambda: record.generated_at > 0)
+        go_on.set()
+        await reply.content.read()
+
+
 async def fail_before_a_byte(exchange: Exchange) -> None:
     exchange.hang_up()
 
