@@ -144,9 +144,10 @@ class EngineApi:
 
     # ------------------------------------------------------------------------------------ weights
 
-    async def set_version(self, text: str) -> None:
-        """Sets its version string; running requests stay."""
-        await self.in_turn(naming(text))
+    async def set_version(self, text: str, *, begins: Callable[[], None] | None = None) -> None:
+        """Sets its version string; running requests stay. `begins`: called right before it is sent."""
+        call = naming(text)
+        self._judge_all([call], await self._ask(call, begins=begins))
 
     async def in_turn(self, *calls: Call) -> None:
         """Makes calls that are sent at once and done in this order; the first that failed is raised."""

@@ -28,7 +28,7 @@ import contextlib
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, cast
 
 import orjson
@@ -339,14 +339,19 @@ class Member:
         spans, prefixes = self.record.capabilities.version_spans, self.record.caches_prefixes
         return not (self._paused or spans or prefixes or self.record.leaving)
 
-    def serve_unnamed(self, loaded: LoadedVersion) -> None:
-        """Requests may come already where its name can follow; `go_on` and `serve` are due all the same."""
-        if self.present and self._needs_no_name:
-            self._fleet.loaded_version(self.record, loaded)
+    def serve_unnamed(self) -> None:
+        """Requests may come already: its name is on its way. `serve` is due all the same."""
+        if self.present and not self.record.awaits_name:
             self._fleet.serve_unnamed(self.record, now=_now())
 
-    async def go_on(self, loaded: LoadedVersion) -> None:
-        """Names its complete weights, forgets prefixes cached under the old ones, and lets it generate."""
+    async def go_on(self, loaded: LoadedVersion, *, being_named: Callable[[], None]) -> None:
+        """Names its complete weights, forgets prefixes cached under the old ones, and lets it generate.
+
+        Args:
+          loaded: what it holds.
+          being_named: called where it may be served from before it has its name: when that is about to be
+            sent, so that no request comes before it and has it wait.
+        """
         self._require_present()
         self._fleet.loaded_version(self.record, loaded)  # before any token of it can come
         text = str(loaded)
@@ -357,7 +362,7 @@ class Member:
         elif self._paused:
             await self._api.in_turn(naming(text), RESUMING)
         else:  # told to flush, SGLang would hand its allocator's memory back to the driver, which takes time
-            await self._api.set_version(text)
+            await self._api.set_version(text, begins=being_named if self._needs_no_name else None)
         self._require_present()
 
     async def _forget_prefixes(self) -> None:

@@ -45,9 +45,6 @@ from milepost_router.together import Call, call_all
 
 log = logging.getLogger(__name__)
 
-_TURNS = 5
-"""Of the loop, from a change of the fleet until the message that tells it is handed to gRPC."""
-
 Publish = Callable[["Transaction", tuple[str, ...]], Awaitable[bool]]
 Tell = Callable[["Transaction"], None]
 Refused = Callable[["Transaction", str], None]
@@ -315,9 +312,6 @@ class Transaction:
         self._clock.enter("verify")
         sums = await self._verify()
         self._clock.enter("commit")
-        for member in self._live:
-            member.serve_unnamed(self.plan.loaded)
-        await _let_watchers_go()
         going_on = asyncio.create_task(self._step(self._go_on), name="go on")  # first: requests wait for it
         publishing = asyncio.create_task(self._tell_ledger(), name=f"publish {self.plan.version}")
         try:
@@ -350,7 +344,12 @@ class Transaction:
 
     async def _go_on(self, member: Member) -> None:
         """Names a member's weights and lets it generate; it is served from unless the ledger has refused."""
-        await member.go_on(self.plan.loaded)
+
+        def being_named() -> None:
+            if not self._refusal:
+                member.serve_unnamed()
+
+        await member.go_on(self.plan.loaded, being_named=being_named)
         if not self._refusal:
             member.serve()
 
@@ -477,12 +476,6 @@ class Transaction:
         task = asyncio.create_task(run(), name=name)
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
-
-
-async def _let_watchers_go() -> None:
-    """Requests that wait for an engine, and whoever watches the fleet, get their turns before more calls."""
-    for _ in range(_TURNS):
-        await asyncio.sleep(0)
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:
