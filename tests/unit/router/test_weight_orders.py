@@ -16,6 +16,7 @@ from milepost import types as t
 from milepost.types import Transport
 from milepost_router.fleet import Transition
 from milepost_router.probe import WEIGHT_HOOK, capabilities_of
+from milepost_router.upstream import Connection
 
 INFO = {"version": "0.5.17", "tp_size": 1}
 
@@ -566,3 +567,27 @@ async def test_who_is_lost_while_it_waits_for_its_name_is_the_fleets_affair(benc
     assert committed.serving == ("b",)
     assert bench.states() == {"a": "QUARANTINED", "b": "SERVING"}
     assert (record.version, record.transaction) == (0, "")
+
+
+async def test_the_name_is_sent_before_any_request_that_waited(bench, tools, monkeypatch):
+    """Behind them, it and the commit would wait for all that they have an engine do."""
+    events: list[str] = []
+    send = Connection.send
+
+    def sent(self: Connection, head: bytes, body: bytes, **more: Any) -> None:
+        if b"run/1/0" in head + body:
+            events.append("name")
+        send(self, head, body, **more)
+
+    def woken(transition: Transition | None) -> None:
+        if transition is not None and transition.after is t.EngineState.SERVING:
+            asyncio.get_running_loop().call_soon(events.append, "request")
+
+    monkeypatch.setattr(Connection, "send", sent)
+    bench.fleet.remove("b")
+    Loader(bench.engines["a"])
+    prepared = await prepare(bench, tools)
+    await bench.transactions.find(prepared.transaction_id).take(order(prepared))
+    bench.fleet.subscribe(woken)
+    await tools.commit(bench, prepared, num_buckets=1)
+    assert events == ["name", "request"]
