@@ -340,8 +340,8 @@ class Member:
         return not (self._paused or spans or prefixes or self.record.leaving)
 
     def serve_unnamed(self) -> None:
-        """Requests may come already: its name is on its way. `serve` is due all the same."""
-        if self.present and not self.record.awaits_name:
+        """Requests may come already where its name can follow. `serve` is due all the same."""
+        if self.present and self._needs_no_name and not self.record.awaits_name:
             self._fleet.serve_unnamed(self.record, now=_now())
 
     async def go_on(self, loaded: LoadedVersion, *, being_named: Callable[[], None]) -> None:
@@ -349,8 +349,8 @@ class Member:
 
         Args:
           loaded: what it holds.
-          being_named: called where it may be served from before it has its name: when that is about to be
-            sent, so that no request comes before it and has it wait.
+          being_named: called when its name alone is about to be sent: so no request that comes from then on
+            has it wait.
         """
         self._require_present()
         self._fleet.loaded_version(self.record, loaded)  # before any token of it can come
@@ -362,7 +362,7 @@ class Member:
         elif self._paused:
             await self._api.in_turn(naming(text), RESUMING)
         else:  # told to flush, SGLang would hand its allocator's memory back to the driver, which takes time
-            await self._api.set_version(text, begins=being_named if self._needs_no_name else None)
+            await self._api.set_version(text, begins=being_named)
         self._require_present()
 
     async def _forget_prefixes(self) -> None:
