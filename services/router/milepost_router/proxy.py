@@ -378,8 +378,9 @@ class Proxy:
         head = self._reply_head(passage, record, reply, end=None)
         passage.head_sent, passage.streams_events = True, ends_with_comment
         await send(_start(reply.status, head))
+        generates = ends_with_comment and reply.status < 400 and _generates(passage)
         while chunk:
-            if ends_with_comment:
+            if generates:
                 self._fleet.generated(record, self._loop.time())
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
             chunk = await connection.chunk()

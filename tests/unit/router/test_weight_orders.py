@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -443,23 +443,32 @@ class HeldName:
         return web.Response(status=500) if self.fails else None
 
 
-async def name_held(bench: Any, tools: Any) -> tuple[HeldName, t.Prepared, asyncio.Task[Any]]:
+@pytest.fixture
+def held(bench: Any) -> Iterator[HeldName]:
+    """Nobody waits for it any more once the test is over, however that went."""
+    held = HeldName(bench)
+    yield held
+    held.may_go.set()
+
+
+async def name_held(bench: Any, tools: Any, held: HeldName) -> tuple[t.Prepared, asyncio.Task[Any]]:
     """Version 1 is in both engines, which have no requests; b is done, a waits for its name."""
     for fake in bench.engines.values():
         Loader(fake)
-    held = HeldName(bench)
     prepared = await prepare(bench, tools)
     await bench.transactions.find(prepared.transaction_id).take(order(prepared))
     task = asyncio.create_task(tools.commit(bench, prepared, num_buckets=1))
     async with asyncio.timeout(10):
         await held.asked.wait()
-    return held, prepared, task
+    return prepared, task
 
 
 @pytest.fixture
-async def naming(bench: Any, tools: Any) -> AsyncIterator[tuple[HeldName, t.Prepared, asyncio.Task[Any]]]:
+async def naming(
+    bench: Any, tools: Any, held: HeldName
+) -> AsyncIterator[tuple[HeldName, t.Prepared, asyncio.Task[Any]]]:
     """As `name_held`; the ledger has answered."""
-    held, prepared, task = await name_held(bench, tools)
+    prepared, task = await name_held(bench, tools, held)
     yield held, prepared, task
     held.may_go.set()
     await asyncio.gather(task, return_exceptions=True)
@@ -487,11 +496,11 @@ async def test_an_engine_at_rest_is_served_from_before_it_is_named(bench, tools,
 
 @pytest.mark.parametrize("why", ["requests", "spans", "prefixes"])
 async def test_an_engine_that_is_paused_or_speaks_for_itself_is_named_before_it_is_served_from(
-    why, bench, tools
+    why, bench, tools, held
 ):
     for fake in bench.engines.values():
         Loader(fake)
-    record, held = bench.record("a"), HeldName(bench)
+    record = bench.record("a")
     if why == "requests":
         bench.fleet.request_started(record)
     record.caches_prefixes = why == "prefixes"
@@ -506,9 +515,9 @@ async def test_an_engine_that_is_paused_or_speaks_for_itself_is_named_before_it_
     assert (await task).serving == ("a", "b")
 
 
-async def test_who_is_served_from_unnamed_loses_its_requests_when_the_ledger_refuses(bench, tools):
+async def test_who_is_served_from_unnamed_loses_its_requests_when_the_ledger_refuses(bench, tools, held):
     ledger = tools.HeldLedger(bench)
-    held, prepared, task = await name_held(bench, tools)
+    prepared, task = await name_held(bench, tools, held)
     withdrawn: list[str] = []
     bench.fleet.subscribe(lambda x: withdrawn.append(x.engine.engine_id) if x and x.withdrawn else None)
     bench.ledger.refusal = errors.StaleTerm("term 1 is over")
