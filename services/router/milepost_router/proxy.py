@@ -9,8 +9,8 @@ Most requests need no task: an engine fits, a connection to it is idle, its repl
 them in the callback that read them, `_replied` answers in the callback that read the reply. What turns out
 otherwise goes on in a task from where it stands.
 
-Nothing is decoded. Everything else goes to the control app (`/health`, `/engines`); no other engine route
-is reachable from here.
+Nothing is decoded; where an engine caches prefixes, a body gets a key (`prefix_key`). Everything else goes to
+the control app (`/health`, `/engines`); no other engine route is reachable from here.
 - A reply that is no event stream is read whole before a byte of it is passed on, so that another engine can
   repair any failure before its end. A stream that broke off ends with an `error` event.
 - Requests in flight stay with an engine through an update. One that is pinned to a version is ended instead.
@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 from milepost.errors import Cancelled, InvalidArgument, MilepostError
 from milepost.types import EngineState
 from milepost_common.telemetry import tracing
-from milepost_router import headers, proxy_errors, routing, spans
+from milepost_router import headers, prefix_key, proxy_errors, routing, spans
 from milepost_router.fleet import Fleet, Transition
 from milepost_router.http_connection import EXCHANGE, Exchange
 from milepost_router.metrics import CLIENT_LEFT, ENGINE_ERROR, OK, REFUSED, ProxyMeter
@@ -149,7 +149,7 @@ class Proxy:
         passage.exchange = exchange
         self._give(passage, record)
         passage.travels_by(connection)
-        connection.send(self._request_head(passage, record), passage.body)
+        connection.send(*self._request_to(record, passage))
         connection.when_replied(partial(self._replied, passage, record, connection))
         return True
 
@@ -316,12 +316,14 @@ class Proxy:
         self._fleet.request_ended(record, failed=failed, now=now)
         passage.taken_back()
 
-    def _request_head(self, passage: Passage, record: EngineRecord) -> bytes:
+    def _request_to(self, record: EngineRecord, passage: Passage) -> tuple[bytes, bytes]:
+        """Head and body of a request to an engine."""
         host = self._hosts.get(record.url)
         if host is None:
             host = self._hosts[record.url] = urlsplit(record.url).netloc.encode()
+        body = prefix_key.body_for(record, passage.target, passage.body)
         passed = passage.request.passed
-        return headers.request_head(passage.method, passage.target, host, passed, len(passage.body))
+        return headers.request_head(passage.method, passage.target, host, passed, len(body)), body
 
     async def _exchange(
         self, passage: Passage, record: EngineRecord, send: Send, sent: Connection | None
@@ -332,7 +334,7 @@ class Proxy:
             try:
                 if sent is None:
                     passage.travels_by(connection)
-                    connection.send(self._request_head(passage, record), passage.body)
+                    connection.send(*self._request_to(record, passage))
                 reply = await connection.reply()
                 await self._pass_on(passage, record, connection, reply, send)
                 return

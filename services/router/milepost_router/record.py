@@ -36,6 +36,7 @@ class EngineRecord:
       generated_at: when tokens of it came last.
       takes_signals: our loader in it can repeat the order that it did last by a signal.
       caches_prefixes: it may hold KV of prefixes under older weights, unless told to forget them.
+      keys_prefixes: it finds cached prefixes by a key of their request too (see `prefix_key`).
       paused_since: when we paused it; None: it runs.
       paused_total: seconds of ended pauses.
     """
@@ -66,6 +67,7 @@ class EngineRecord:
     lives: int = 0
     takes_signals: bool = False
     caches_prefixes: bool = True
+    keys_prefixes: bool = False
     probe_failures: int = 0
     request_failures: int = 0
     in_flight: int = 0
