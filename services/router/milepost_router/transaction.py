@@ -20,7 +20,7 @@ between engines of one layout; then, beside one another, the version is publishe
 engine is given its version string, resumed and served from. The commit is over when both are. While the
 ledger is away only the publication waits; where it refuses, whoever serves the version already is withdrawn,
 requests and all. Some engines are not paused at all and generate with their new weights before; they are
-served from beside their naming, too (ADR 25).
+served from beside their naming, too (ADR 25, 26).
 
 State belongs to the transaction and is changed under its lock; members settle their engines in the fleet.
 """
