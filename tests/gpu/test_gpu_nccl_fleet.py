@@ -35,10 +35,12 @@ from launched import Launched, free_port, group_of
 from milepost import BufferClient, RouterClient
 from milepost import types as t
 from milepost.types import EngineState
-from milepost_trainer.buckets import Bucket, plan_buckets, read_bucket
+from milepost_trainer.backends.gathering import Gathering
+from milepost_trainer.buckets import Bucket, plan_buckets
 from milepost_trainer.publisher import Published, Publisher
 from milepost_trainer.settings import PublishSettings
 from milepost_trainer.transports.nccl import NcclTransport
+from milepost_trainer.world import World
 from stack import until
 
 pytestmark = pytest.mark.timeout(400)
@@ -68,7 +70,7 @@ RUN_ID = "fleet"
 
 
 class Resident:
-    """Weights in bfloat16 that lie in buckets on GPU 0 already, as an optimizer may leave them."""
+    """Weights in bfloat16 on GPU 0, gathered as a trainer of one rank does it."""
 
     def __init__(self, config: Path, *, bucket_bytes: int) -> None:
         torch.manual_seed(0)
@@ -79,16 +81,14 @@ class Resident:
         named = dict(self.model.eval().named_parameters())
         sizes = [(name, "bfloat16", tuple(p.shape)) for name, p in named.items()]
         self.buckets = plan_buckets(sizes, bucket_bytes=bucket_bytes)
-        self.flats = [torch.empty(b.size_bytes, dtype=torch.uint8, device="cuda") for b in self.buckets]
-        for bucket, flat in zip(self.buckets, self.flats, strict=True):
-            for name, place in read_bucket(bucket, flat).items():
-                place.copy_(named[name].data)
-                named[name].data = place
+        self._gathering = Gathering(named, World(device=torch.device("cuda", 0)), resident=False)
         self.bytes = sum(b.size_bytes for b in self.buckets)
 
     async def gather(self, bucket: Bucket) -> torch.Tensor:
-        """Where it lies."""
-        return self.flats[bucket.index]
+        """One bucket."""
+        flat = await asyncio.to_thread(self._gathering.bucket, bucket)
+        assert flat is not None
+        return flat
 
     def another(self, seed: int) -> None:
         """Other weights, told apart by what they make likely."""

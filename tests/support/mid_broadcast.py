@@ -1,11 +1,11 @@
 """One of several engines killed while weights are broadcast to all of them, in a whole run.
 
-    fleet: all UPDATING ──> trainer stopped ──> still all UPDATING a while later ──> kill, and the trainer goes on
-                                                  └ else it was too late: it goes on, and the next one is caught
+    all UPDATING ──> trainer stopped ──> all UPDATING a while later ──> kill ──> the trainer goes on
+                                             └ else it was too late: it goes on, and the next one is caught
 
-Every engine has an order by then and waits for a trainer that sends nothing more: in the collective, or, where
-each bucket has an order of its own, maybe between two of them. However short a publication is, the kill is in
-its middle.
+Every engine has an order by then and waits for a trainer that sends nothing more: in the collective, or,
+where each bucket has an order of its own, maybe between two of them. However short a publication is, the kill
+is in its middle.
 """
 
 from __future__ import annotations

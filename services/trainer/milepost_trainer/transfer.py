@@ -4,8 +4,9 @@
     pushed    one header tells of all buckets, which members take as they are sent; one acknowledgement
     buckets   stage ──> header goes out ──> send ──> acks come in ──> unstage, the next one gathered meanwhile
 
-Between two transactions it owns nothing but the stream of one that was prepared ahead: that is open before
-the weights are there, so that their header goes out at once.
+One header takes the commit along: its acknowledgement says what became of that. Between two transactions this
+owns nothing but the stream of one that was prepared ahead: that is open before the weights are there, so that
+their header goes out at once.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Transfer:
     async def open_ahead(self, prepared: t.Prepared) -> None:
         """Open the stream of a transaction whose weights are still made, where it will be one header."""
         await self.close_ahead()
-        if self._whole is not None and self._transport.shares(prepared):
+        if self._shares(prepared) or self._transport.announces(prepared):
             self._ahead = prepared.transaction_id, _Stream(self._router, timeout_s=self._timeout_s)
 
     async def close_ahead(self) -> None:
@@ -72,12 +73,16 @@ class Transfer:
         """Sends everything; returns the number of buckets that the commit must name, and what became of it
         where it went with them.
         """
-        if self._whole is not None and self._transport.shares(prepared):
+        if self._whole is not None and self._shares(prepared):
             return 1, await self._share(prepared, await self._whole())
-        pushed = self._transport.announces(prepared)
-        await (self._push(prepared) if pushed else self._send_buckets(prepared))
+        if self._transport.announces(prepared):
+            return 1, await self._push(prepared)
+        await self._send_buckets(prepared)
         await self._transport.flush(timeout_s=self._timeout_s)
-        return (1 if pushed else len(self._buckets)), None
+        return len(self._buckets), None
+
+    def _shares(self, prepared: t.Prepared) -> bool:
+        return self._whole is not None and self._transport.shares(prepared)
 
     async def _share(self, prepared: t.Prepared, weights: Mapping[str, torch.Tensor]) -> t.Committed | None:
         header = t.BucketHeader(
@@ -96,7 +101,7 @@ class Transfer:
             _check_ack(ack)
             return ack.committed
 
-    async def _push(self, prepared: t.Prepared) -> None:
+    async def _push(self, prepared: t.Prepared) -> t.Committed | None:
         header = t.BucketHeader(
             transaction_id=prepared.transaction_id,
             fleet_epoch=prepared.fleet_epoch,
@@ -104,14 +109,16 @@ class Transfer:
             handles=self._transport.announce(prepared, self._buckets, timeout_s=self._timeout_s),
             size_bytes=self.size_bytes,
             whole=True,
+            commit=True,
         )
-        async with self._stream() as stream:
+        async with self._stream(prepared.transaction_id) as stream:
             stream.put(header)
-            await _both(self._send_all(), _accepted(stream))
+            ack = await _both(self._send_all(), _accepted(stream))
         self._transport.taken({member.engine_id for member in prepared.members})
+        return ack.committed
 
     async def _send_all(self) -> None:
-        """Send bucket after bucket, gathering the next one while one is on its way."""
+        """Send bucket after bucket, gathering the next one while one is on its way; all are through then."""
         gathering = self._start_gather(0)
         try:
             for index, bucket in enumerate(self._buckets):
@@ -121,6 +128,7 @@ class Transfer:
                 await self._transport.stage(bucket, flat)
                 await self._transport.send(bucket, flat, timeout_s=self._timeout_s)
                 await self._transport.unstage(bucket)
+            await self._transport.flush(timeout_s=self._timeout_s)
         finally:
             gathering.cancel()
 
@@ -213,16 +221,17 @@ class _Stream:
         await self._acks.aclose()
 
 
-async def _both(sending: Coroutine[Any, Any, None], answering: Coroutine[Any, Any, None]) -> None:
-    """Do both; whichever fails first ends both."""
-    tasks = [
-        asyncio.create_task(sending, name="send bytes"),
-        asyncio.create_task(answering, name="await acks"),
-    ]
+async def _both(
+    sending: Coroutine[Any, Any, None], answering: Coroutine[Any, Any, t.BucketAck]
+) -> t.BucketAck:
+    """Do both, and return the answer; whichever fails first ends both."""
+    answered = asyncio.create_task(answering, name="await acks")
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(sending, name="send bytes"), answered]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
+        return answered.result()
     finally:
         for task in tasks:
             task.cancel()
@@ -234,9 +243,11 @@ async def _drain(headers: asyncio.Queue[t.BucketHeader | None]) -> AsyncIterator
         yield header
 
 
-async def _accepted(stream: _Stream) -> None:
+async def _accepted(stream: _Stream) -> t.BucketAck:
     """Hear of one bucket; raises at once where it was not taken, whoever still waits to send it."""
-    _check_ack(await stream.next())
+    ack = await stream.next()
+    _check_ack(ack)
+    return ack
 
 
 def _check_ack(ack: t.BucketAck) -> None:

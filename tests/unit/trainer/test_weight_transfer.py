@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import pickle
 from base64 import b64decode
@@ -35,9 +36,13 @@ class Router:
     def __init__(self, ack: t.BucketAck) -> None:
         self.ack, self.let = ack, asyncio.Event()
         self.headers: list[t.BucketHeader] = []
+        self.streams = 0
+        self.opened = asyncio.Event()
 
     async def update_weights(self, headers: Any, *, timeout_s: float) -> AsyncIterator[t.BucketAck]:
         """The stream."""
+        self.streams += 1
+        self.opened.set()
         async for header in headers:
             self.headers.append(header)
             await self.let.wait()
@@ -107,21 +112,51 @@ def acknowledged(**changes: Any) -> t.BucketAck:
 
 async def test_one_header_goes_out_before_the_buckets_and_one_answer_comes_after_them() -> None:
     events: list[str] = []
-    router, transport = Router(acknowledged()), Pushing(events, until=2)
+    committed = t.Committed(version=4, serving=("e1", "e2"))
+    router, transport = Router(acknowledged(committed=committed)), Pushing(events, until=2)
     running = asyncio.create_task(transfer(router, transport, events).run(PREPARED))
     async with asyncio.timeout(DEADLINE_S):
         await transport.reached.wait()
         assert not running.done(), "it waits for the members' answer"
         router.let.set()
-        num_buckets, _ = await running
-    assert num_buckets == 1
+        assert await running == (1, committed), "the commit goes with the only header"
     [header] = router.headers
-    assert (header.whole, header.bucket_index, header.tensors) == (True, 0, ())
+    assert (header.whole, header.commit, header.bucket_index, header.tensors) == (True, True, 0, ())
     assert header.size_bytes == sum(b.size_bytes for b in BUCKETS)
     assert events.index("gather 1") < events.index("send 0"), "the next one is gathered meanwhile"
     assert [e for e in events if e.startswith("send")] == ["send 0", "send 1", "send 2"]
     assert events[-1] == "flush"
     assert transport.took == {"e1", "e2"}
+
+
+@pytest.mark.parametrize("transaction", ["tx", "another"])
+async def test_the_stream_of_what_was_prepared_ahead_stands_before_the_weights_do(transaction) -> None:
+    events: list[str] = []
+    router = Router(acknowledged())
+    router.let.set()
+    sending = transfer(router, Pushing(events, until=0), events)
+    async with asyncio.timeout(DEADLINE_S):
+        await sending.open_ahead(dataclasses.replace(PREPARED, transaction_id=transaction))
+        await router.opened.wait()
+        assert router.headers == []
+        await sending.run(PREPARED)
+    assert [header.transaction_id for header in router.headers] == ["tx"]
+    assert router.streams == (1 if transaction == "tx" else 2), "each transaction has its own"
+
+
+async def test_an_acknowledgement_does_not_end_a_push_whose_bytes_are_not_through() -> None:
+    events: list[str] = []
+    router = Router(acknowledged())
+    router.let.set()
+    transport = Pushing(events, until=1, hangs=True)
+    running = asyncio.create_task(transfer(router, transport, events).run(PREPARED))
+    async with asyncio.timeout(DEADLINE_S):
+        await transport.reached.wait()
+        await asyncio.wait([running], timeout=0.05)
+        assert not running.done()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert "flush" not in events
 
 
 async def test_members_that_fail_end_a_broadcast_that_would_wait_for_them() -> None:
