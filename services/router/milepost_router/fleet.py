@@ -36,7 +36,7 @@ from milepost import types as t
 from milepost.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from milepost.types import EngineState
 from milepost_router import version_string
-from milepost_router.record import EngineRecord
+from milepost_router.record import EngineRecord, Transition
 from milepost_router.version_string import LoadedVersion
 
 S = EngineState
@@ -68,22 +68,6 @@ class FleetLimits:
     request_failures: int = 5
     quarantine_s: float = 1.0
     quarantine_max_s: float = 60.0
-
-
-@dataclass(frozen=True)
-class Transition:
-    """An engine went from one state to another.
-
-    Attributes:
-      engine, before, after: which one, and its states.
-      withdrawn: what it serves or may have gone on with was refused or given up: what was generated under
-        that is worth nothing.
-    """
-
-    engine: EngineRecord
-    before: EngineState
-    after: EngineState
-    withdrawn: bool = False
 
 
 class Fleet:

@@ -25,13 +25,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, cast
-
-import orjson
+from typing import Any
 
 from milepost.types import (
     BucketHeader,
@@ -42,6 +38,7 @@ from milepost.types import (
     WeightMember,
 )
 from milepost_router import handles, version_string
+from milepost_router.checksums import checksum_of
 from milepost_router.engine_api import (
     RESUMING,
     Call,
@@ -472,32 +469,6 @@ async def _both(*calls: Awaitable[None]) -> None:
     for outcome in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(outcome, BaseException):
             raise outcome
-
-
-def checksum_of(answer: dict[str, Any]) -> str:
-    """One checksum from what the weight checker says: its ranks' sums, or the digest of it all."""
-    ranks: object = answer.get("ranks")
-    if isinstance(ranks, list):
-        each = [cast(dict[str, Any], rank) for rank in cast(list[object], ranks) if isinstance(rank, dict)]
-        sums = [str(rank.get("per_gpu_checksum", "")) for rank in each]
-        if sums and all(sums):
-            return ",".join(sums)
-    telling = {key: value for key, value in answer.items() if key not in ("success", "message")}
-    raw = orjson.dumps(telling, option=orjson.OPT_SORT_KEYS)
-    return hashlib.sha256(raw).hexdigest() if telling else ""
-
-
-def odd_ones(sums: dict[Member, tuple[str, str]]) -> dict[Member, str]:
-    """Members whose checksum differs from most of their layout's; without a majority, all of them."""
-    odd: dict[Member, str] = {}
-    for layout in {layout for layout, _ in sums.values()}:
-        of_layout = {m: s for m, (its, s) in sums.items() if its == layout}
-        common, count = Counter(of_layout.values()).most_common(1)[0]
-        majority = 2 * count > len(of_layout)
-        for member, checksum in of_layout.items():
-            if len(set(of_layout.values())) > 1 and not (majority and checksum == common):
-                odd[member] = f"{member.engine_id}: checksum {checksum[:16]} differs from others of {layout}"
-    return odd
 
 
 def _now() -> float:

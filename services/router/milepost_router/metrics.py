@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from milepost.errors import MilepostError
 from milepost.types import EngineState
 from milepost_common.metrics import Counter, Histogram, Instrument, Kind, Spec, Watched
-from milepost_router.fleet import Fleet, Transition
+from milepost_router.fleet import Fleet
+from milepost_router.record import Transition
 
 ENGINE_STATE = Spec(
     "milepost_engine_state",

@@ -19,8 +19,9 @@ from typing import Any, cast
 import orjson
 
 from milepost_router.record import EngineRecord
+from milepost_router.targets import takes_key
+from milepost_router.version_string import LoadedVersion
 
-_TARGETS = (b"/generate", b"/v1/completions", b"/v1/chat/completions", b"/v1/responses")
 _NAME = "extra_key"
 _QUOTED = b'"extra_key"'
 
@@ -33,9 +34,9 @@ def body_for(record: EngineRecord, target: bytes, body: bytes) -> bytes:
       target: path and query.
       body: as the client sent it; what is no JSON object stays as it is, for the engine to refuse.
     """
-    if not (record.keys_prefixes and record.version) or target.partition(b"?")[0] not in _TARGETS:
+    if not (record.version and record.keys_prefixes and takes_key(target)):
         return body
-    return _keyed(body, f"{record.run_id}/{record.version}/{record.label}")
+    return _keyed(body, str(LoadedVersion(record.run_id, record.version, record.label)))
 
 
 def _keyed(body: bytes, key: str) -> bytes:

@@ -197,7 +197,7 @@ async def _capabilities(record: EngineRecord, api: EngineApi) -> t.EngineCapabil
     )
     if found.engine.startswith("milepost"):
         return found
-    record.caches_prefixes = record.keys_prefixes = not info.get("disable_radix_cache")
+    record.caches_prefixes = not info.get("disable_radix_cache")
     if _keeps_prefixes(info):
         log.warning(
             "%s: %s flushes its prefix cache only at rest, so requests that an update holds may go on from "

@@ -32,12 +32,12 @@ from urllib.parse import urlsplit
 from milepost.errors import Cancelled, InvalidArgument, MilepostError
 from milepost.types import EngineState
 from milepost_common.telemetry import tracing
-from milepost_router import headers, prefix_key, proxy_errors, routing, spans
-from milepost_router.fleet import Fleet, Transition
+from milepost_router import headers, prefix_key, proxy_errors, routing, spans, targets
+from milepost_router.fleet import Fleet
 from milepost_router.http_connection import EXCHANGE, Exchange
 from milepost_router.metrics import CLIENT_LEFT, ENGINE_ERROR, OK, REFUSED, ProxyMeter
 from milepost_router.passage import Deadlines, Passage
-from milepost_router.record import EngineRecord
+from milepost_router.record import EngineRecord, Transition
 from milepost_router.settings import RouterSettings
 from milepost_router.signals import Signal, wait_for
 from milepost_router.upstream import (
@@ -58,9 +58,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 log = logging.getLogger(__name__)
-
-_GENERATING = (b"/generate", b"/v1/completions", b"/v1/chat/completions")
-"""Targets whose replies come from an engine's scheduler."""
 
 
 class ServerError(UpstreamError):
@@ -113,7 +110,7 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
-        if scope["type"] != "http" or not _is_passed_through(scope["path"]):
+        if scope["type"] != "http" or not targets.is_passed(scope["path"]):
             await self._control(scope, receive, send)
             return
         try:
@@ -133,7 +130,7 @@ class Proxy:
 
     def take(self, exchange: Exchange) -> bool:
         """Sends a request to its engine if nothing has to be waited for; False: let a task call the app."""
-        if tracing.on or not _is_passed_through_plainly(exchange.target):
+        if tracing.on or not targets.is_passed_plainly(exchange.target):
             return False
         try:
             request = headers.read(exchange.headers)
@@ -311,7 +308,7 @@ class Proxy:
         if not passages and record.leaving:
             del self._passages[record]
         now = self._loop.time()
-        if not failed and passage.head_sent and passage.outcome is OK and _generates(passage):
+        if not failed and passage.head_sent and passage.outcome is OK and targets.generates(passage.target):
             self._fleet.generated(record, now)
         self._fleet.request_ended(record, failed=failed, now=now)
         passage.taken_back()
@@ -380,7 +377,7 @@ class Proxy:
         head = self._reply_head(passage, record, reply, end=None)
         passage.head_sent, passage.streams_events = True, ends_with_comment
         await send(_start(reply.status, head))
-        generates = ends_with_comment and reply.status < 400 and _generates(passage)
+        generates = ends_with_comment and reply.status < 400 and targets.generates(passage.target)
         while chunk:
             if generates:
                 self._fleet.generated(record, self._loop.time())
@@ -455,20 +452,6 @@ class Proxy:
         return sum(len(passages) for passages in self._passages.values())
 
 
-def _is_passed_through(path: str) -> bool:
-    """Only /generate and /v1/*, and no way out of /v1 by dots."""
-    if path == "/generate":
-        return True
-    return path.startswith("/v1/") and ".." not in path.split("/") and "\\" not in path
-
-
-def _is_passed_through_plainly(target: bytes) -> bool:
-    """The same of a target that needs no decoding and names no way out; others are looked at by a task."""
-    if target == b"/generate":
-        return True
-    return target.startswith(b"/v1/") and b".." not in target and b"%" not in target and b"\\" not in target
-
-
 async def _read_body(receive: Receive, limit: int) -> bytes | None:
     """The whole body; None where the client left before it was sent.
 
@@ -502,8 +485,3 @@ def _start(status: int, head: RawHeaders) -> dict[str, Any]:
 
 def _kept(upstream: RawHeaders) -> RawHeaders:
     return [(k, v) for k, v in upstream if k in (b"content-type", b"retry-after")]
-
-
-def _generates(passage: Passage) -> bool:
-    """Its reply holds tokens."""
-    return passage.target.startswith(_GENERATING)

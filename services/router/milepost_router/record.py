@@ -36,7 +36,6 @@ class EngineRecord:
       generated_at: when tokens of it came last.
       takes_signals: our loader in it can repeat the order that it did last by a signal.
       caches_prefixes: it may hold KV of prefixes under older weights, unless told to forget them.
-      keys_prefixes: it finds cached prefixes by a key of their request too (see `prefix_key`).
       paused_since: when we paused it; None: it runs.
       paused_total: seconds of ended pauses.
     """
@@ -67,7 +66,6 @@ class EngineRecord:
     lives: int = 0
     takes_signals: bool = False
     caches_prefixes: bool = True
-    keys_prefixes: bool = False
     probe_failures: int = 0
     request_failures: int = 0
     in_flight: int = 0
@@ -82,6 +80,11 @@ class EngineRecord:
     def routable(self) -> bool:
         """It may be sent new requests."""
         return self.state is S.SERVING and not self.suspect and not self.leaving
+
+    @property
+    def keys_prefixes(self) -> bool:
+        """It finds cached prefixes by a key of their request too (see `prefix_key`)."""
+        return self.caches_prefixes and self.capabilities.engine.startswith("sglang")
 
     @property
     def awaits_name(self) -> bool:
@@ -115,3 +118,19 @@ class EngineRecord:
             requests_total=self.requests_total,
             failures_total=self.failures_total,
         )
+
+
+@dataclass(frozen=True)
+class Transition:
+    """An engine went from one state to another.
+
+    Attributes:
+      engine, before, after: which one, and its states.
+      withdrawn: what it serves or may have gone on with was refused or given up: what was generated under
+        that is worth nothing.
+    """
+
+    engine: EngineRecord
+    before: EngineState
+    after: EngineState
+    withdrawn: bool = False

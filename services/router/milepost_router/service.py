@@ -25,14 +25,14 @@ from milepost_common.process import announce
 from milepost_common.server import GrpcServer
 from milepost_router.control_app import create_control_app
 from milepost_router.engine_api import EngineApi
-from milepost_router.fleet import Fleet, Transition
+from milepost_router.fleet import Fleet
 from milepost_router.http_server import HttpServer
 from milepost_router.ledger import Ledger
 from milepost_router.memory import Memory
 from milepost_router.metrics import FleetView
 from milepost_router.probe import Prober
 from milepost_router.proxy import Proxy
-from milepost_router.record import EngineRecord
+from milepost_router.record import EngineRecord, Transition
 from milepost_router.servicer import RouterServicer
 from milepost_router.settings import RouterSettings
 from milepost_router.signals import Signal

@@ -37,8 +37,9 @@ from milepost import types as t
 from milepost.errors import DataLoss, FailedPrecondition, InvalidArgument, MilepostError, StaleEpoch
 from milepost.types import Transport
 from milepost_router import handles
+from milepost_router.checksums import odd_ones
 from milepost_router.engine_api import EngineFault, EngineRefused
-from milepost_router.member import Member, odd_ones
+from milepost_router.member import Member
 from milepost_router.metrics import TransactionClock
 from milepost_router.plan import Phase, Plan
 from milepost_router.together import Call, call_all

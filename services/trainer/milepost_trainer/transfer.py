@@ -60,7 +60,8 @@ class Transfer:
     async def open_ahead(self, prepared: t.Prepared) -> None:
         """Open the stream of a transaction whose weights are still made, where it will be one header."""
         await self.close_ahead()
-        if self._shares(prepared) or self._transport.announces(prepared):
+        shares = self._whole is not None and self._transport.shares(prepared)
+        if shares or self._transport.announces(prepared):
             self._ahead = prepared.transaction_id, _Stream(self._router, timeout_s=self._timeout_s)
 
     async def close_ahead(self) -> None:
@@ -73,16 +74,13 @@ class Transfer:
         """Sends everything; returns the number of buckets that the commit must name, and what became of it
         where it went with them.
         """
-        if self._whole is not None and self._shares(prepared):
+        if self._whole is not None and self._transport.shares(prepared):
             return 1, await self._share(prepared, await self._whole())
         if self._transport.announces(prepared):
             return 1, await self._push(prepared)
         await self._send_buckets(prepared)
         await self._transport.flush(timeout_s=self._timeout_s)
         return len(self._buckets), None
-
-    def _shares(self, prepared: t.Prepared) -> bool:
-        return self._whole is not None and self._transport.shares(prepared)
 
     async def _share(self, prepared: t.Prepared, weights: Mapping[str, torch.Tensor]) -> t.Committed | None:
         header = t.BucketHeader(

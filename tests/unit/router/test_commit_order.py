@@ -10,8 +10,8 @@ import pytest
 
 from milepost import errors
 from milepost.types import EngineState
-from milepost_router.fleet import Transition
 from milepost_router.plan import Phase
+from milepost_router.record import Transition
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from milepost import errors
 from milepost import types as t
 from milepost.types import EngineState as S
-from milepost_router.fleet import Fleet, FleetLimits, Transition
-from milepost_router.record import EngineRecord
+from milepost_router.fleet import Fleet, FleetLimits
+from milepost_router.record import EngineRecord, Transition
 from milepost_router.version_string import LoadedVersion
 
 LIMITS = FleetLimits(probe_failures=3, request_failures=4, quarantine_s=1.0, quarantine_max_s=4.0)

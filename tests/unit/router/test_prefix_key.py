@@ -6,14 +6,21 @@ import json
 
 import pytest
 
+from milepost.types import EngineCapabilities
 from milepost_router.prefix_key import body_for
 from milepost_router.record import EngineRecord
 from raw_engine import front
 
 
-def engine(*, version: int = 7, keys_prefixes: bool = True) -> EngineRecord:
+def engine(*, version: int = 7, release: str = "sglang 0.5.21", caches: bool = True) -> EngineRecord:
     return EngineRecord(
-        "e", "http://e", run_id="run", version=version, label=version - 1, keys_prefixes=keys_prefixes
+        "e",
+        "http://e",
+        run_id="run",
+        version=version,
+        label=version - 1,
+        capabilities=EngineCapabilities(engine=release),
+        caches_prefixes=caches,
     )
 
 
@@ -56,6 +63,7 @@ def test_what_is_no_object_is_left_for_the_engine_to_refuse(body):
         (b"/v1/completions", True),
         (b"/v1/chat/completions?x=1", True),
         (b"/v1/responses", True),
+        (b"/v1/%63ompletions?x=1", True),
         (b"/v1/responses/abc/cancel", False),
         (b"/v1/tokenize", False),
     ],
@@ -64,7 +72,10 @@ def test_only_requests_that_sglang_takes_a_key_of_get_one(target, keyed):
     assert (b"run/7/6" in body_for(engine(), target, b'{"text": "a"}')) is keyed
 
 
-@pytest.mark.parametrize("record", [engine(keys_prefixes=False), engine(version=0)])
+@pytest.mark.parametrize(
+    "record",
+    [engine(caches=False), engine(version=0), engine(release="milepost 0.5.21"), EngineRecord("e", "")],
+)
 def test_engines_without_such_a_cache_or_without_a_version_get_bodies_as_they_came(record):
     body = b'{"text": "a"}'
     assert body_for(record, b"/generate", body) is body
@@ -78,7 +89,7 @@ async def test_an_engine_with_a_prefix_cache_is_found_and_gets_the_version_it_ha
         for version in (1, 1, 2):  # by a task, on a kept connection, and after an update
             record.version, record.label = version, version - 1
             assert (await router.ask())[0] == 200
-        record.keys_prefixes = False
+        record.caches_prefixes = False
         assert (await router.ask())[0] == 200
     sent = [json.loads(exchange.body) for exchange in a.exchanges]
     assert [body.pop("extra_key", None) for body in sent] == ["run/1/0", "run/1/0", "run/2/1", None]

@@ -14,8 +14,8 @@ from aiohttp import web
 from milepost import errors
 from milepost import types as t
 from milepost.types import Transport
-from milepost_router.fleet import Transition
 from milepost_router.probe import WEIGHT_HOOK, capabilities_of
+from milepost_router.record import Transition
 from milepost_router.upstream import Connection
 
 INFO = {"version": "0.5.17", "tp_size": 1}
