@@ -9,12 +9,11 @@ warm start -> milepost up (buffer, router, SGLang, rollout, trainer)
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
-from gpu_loop import SGLANG, audited, committed, held_out, keep, kill_sglang, step_rows, warm_start
+from gpu_loop import committed, held_out, kill_sglang, loop, step_rows, warm_start
 from stack import Stack, until
 
 STEPS, GROUPS = 80, 32
@@ -25,23 +24,17 @@ KILL_ENGINE, KILL_TRAINER = 20, 40
 @pytest.mark.timeout(560)
 async def test_the_loop_learns_on_one_gpu_and_survives_kills(tmp_path: Path, out: Path) -> None:
     warm = warm_start(tmp_path, prompts=STEPS * GROUPS)
-    options = json.loads(os.environ.get("MILEPOST_SGLANG", "{}"))
-    stack = Stack.launch(
-        tmp_path / "loop",
+    with loop(
+        tmp_path,
         warm,
-        "--feed",
-        str(tmp_path / "data" / "train.jsonl"),
-        "--stay",
-        run={"groups_per_step": GROUPS, "samples_per_prompt": 8, "max_staleness": 2, "lease_ttl_s": 60.0},
+        out,
+        "colocated",
+        groups=GROUPS,
+        sglang={"enable_memory_saver": True},
         up={"engines": 1},
-        engine={"backend": "sglang", "shutdown_timeout_s": 20.0},
-        engine__sglang=SGLANG
-        | {"enable_memory_saver": True}
-        | {k: v for k, v in options.items() if k == "attention_backend"},
         rollout={"max_concurrent_samples": 512},
         rollout__evaluate={"prompts": str(tmp_path / "data" / "held_out.jsonl")},
         trainer={"offload": "optimizer"},
-        trainer__optimizer={"lr": 1e-4, "betas": [0.9, 0.95]},
         trainer__schedule={"warmup_updates": 5},
         trainer__checkpoint={"every": 10},
         trainer__publish={
@@ -52,12 +45,8 @@ async def test_the_loop_learns_on_one_gpu_and_survives_kills(tmp_path: Path, out
             "memory_drain_s": 0.5,
             "memory_lease_s": 20.0,
         },
-    )
-    try:
+    ) as stack:
         await judge(stack, out)
-    finally:
-        stack.stop()
-        keep(stack, out, "colocated")
 
 
 async def judge(stack: Stack, out: Path) -> None:
@@ -67,13 +56,9 @@ async def judge(stack: Stack, out: Path) -> None:
         kill_sglang(stack.service("engine-0")["pid"])
         await until(f"step {KILL_TRAINER}", lambda: committed(stack, buffer, KILL_TRAINER), within_s=150)
         await stack.kill("trainer")
-
-        async def finished() -> bool:
-            return (await buffer.get_run(stack.run_id)).finished
-
-        await until("the run is finished", finished, within_s=150)
+        await stack.finished(buffer, within_s=150)
         result = await held_out(stack)
-        audit, told = await audited(stack, buffer)
+        audit, told = await stack.audited(buffer)
     rows = step_rows(stack)
     row = {
         "accuracy": result.reward_mean,

@@ -11,13 +11,12 @@ what those tokens are worth: a shard in another one's place would be off by nats
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gpu_loop import SGLANG, audited, committed, keep, step_rows, warm_start
+from gpu_loop import committed, loop, step_rows, warm_start
 from stack import Stack, until
 
 STEPS, GROUPS = 12, 16
@@ -51,35 +50,25 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_every_rank_of_an_engine_gets_the_weights_of_every_rank_of_the_trainer(
     case: dict[str, str], warm: Path, tmp_path: Path, out: Path, request: pytest.FixtureRequest
 ) -> None:
-    options = json.loads(os.environ.get("MILEPOST_SGLANG", "{}"))
     ranks, shards = (len(case[who].split(",")) for who in ("trainer", "engine"))
-    stack = Stack.launch(
-        tmp_path / "loop",
+    name = request.node.callspec.id
+    with loop(
+        tmp_path,
         warm,
-        "--feed",
-        str(warm.parent / "data" / "train.jsonl"),
-        "--stay",
-        run={"groups_per_step": GROUPS, "samples_per_prompt": 8, "max_staleness": 2, "lease_ttl_s": 60.0},
+        out,
+        name,
+        groups=GROUPS,
+        sglang={"tp_size": shards, "disable_custom_all_reduce": True},
         up={"engines": 1, "engine_gpus": [case["engine"]], "trainer_gpus": case["trainer"]},
-        engine={"backend": "sglang", "shutdown_timeout_s": 20.0},
-        engine__sglang=SGLANG
-        | {"tp_size": shards, "disable_custom_all_reduce": True}
-        | {k: v for k, v in options.items() if k == "attention_backend"},
         trainer={"nproc": ranks, "num_steps": STEPS},
-        trainer__optimizer={"lr": 1e-4, "betas": [0.9, 0.95]},
         trainer__debug={"check_logprobs": True, "logprob_tolerance": TOLERANCE},
         trainer__profile={"first_step": 4, "dir": str(tmp_path / "profile")},
         trainer__publish={"transport": case["transport"], "wire_dtype": "bfloat16", "timeout_s": 30.0},
-    )
-    name = request.node.callspec.id
-    try:
+    ) as stack:
         async with stack.buffer() as buffer:
             await until("the last step", lambda: committed(stack, buffer, STEPS), within_s=240)
-            audit, _ = await audited(stack, buffer)
+            audit, _ = await stack.audited(buffer)
         await until("its record", lambda: recorded(stack, STEPS), within_s=30)
-    finally:
-        stack.stop()
-        keep(stack, out, name)
     rows = step_rows(stack)
     judged = {step: row.get("train/engine_logprob_abs_diff") for step, row in rows.items()}
     told = {

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,38 @@ def warm_start(folder: Path, *, prompts: int) -> Path:
     config = write_config(folder / "sft", folder / "model", trainer__sft=table)
     run(MILEPOST, "trainer", "sft", "--config", config, timeout_s=180)
     return folder / "warm"
+
+
+@contextlib.contextmanager
+def loop(
+    folder: Path, warm: Path, out: Path, name: str, *, groups: int, sglang: Mapping[str, Any], **tables: Any
+) -> Iterator[Stack]:
+    """A run on what `warm_start` made; its records go to `out` under its name, also where it fails.
+
+    Args:
+      folder: of this test.
+      warm: the model that it begins with.
+      out: where records go.
+      name: of this loop.
+      groups: in each step.
+      sglang: options beside those of all loops and MILEPOST_SGLANG.
+      tables: of the configuration, in place of those below.
+    """
+    given = json.loads(os.environ.get("MILEPOST_SGLANG", "{}"))
+    given.pop("disable_prefill_cuda_graph", None)  # these start without CUDA graphs of any kind
+    usual: dict[str, Any] = {
+        "run": {"groups_per_step": groups, "samples_per_prompt": 8, "max_staleness": 2, "lease_ttl_s": 60.0},
+        "engine": {"backend": "sglang", "shutdown_timeout_s": 20.0},
+        "engine__sglang": {**SGLANG, **sglang, **given},
+        "trainer__optimizer": {"lr": 1e-4, "betas": [0.9, 0.95]},
+    }
+    feed = ("--feed", str(warm.parent / "data" / "train.jsonl"), "--stay")
+    stack = Stack.launch(folder / "loop", warm, *feed, **(usual | tables))
+    try:
+        yield stack
+    finally:
+        stack.stop()
+        keep(stack, out, name)
 
 
 def step_rows(stack: Stack) -> dict[int, dict[str, Any]]:
@@ -99,12 +132,3 @@ async def held_out(stack: Stack) -> Any:
             return result if result.num_scored == result.num_requested else None
 
         return await until("one version was evaluated", evaluated, within_s=60)
-
-
-async def audited(stack: Stack, buffer: Any) -> tuple[Any, str]:
-    """The ledger's account, and what `milepost ledger --audit` says of it before its witnesses."""
-    told = run(
-        MILEPOST, "ledger", "--run", stack.run_id, "--buffer", buffer.address, "--audit",
-        "--witness", stack.run_dir,
-    )  # fmt: skip
-    return await buffer.audit_ledger(stack.run_id), told

@@ -10,7 +10,6 @@ from chaos import Siege
 from milepost.client.weights import WeightClient
 from milepost.convert import open_group
 from milepost.types import GroupPayload
-from stack import MILEPOST, run
 from weight_proof import TOLERANCE, Forward, Span, spans_of
 
 FETCH_AT_ONCE = 256
@@ -20,11 +19,7 @@ WEIGHTS_DIFFER = 1e-3  # the largest change of any weight, of an optimizer with 
 async def judge_audit(siege: Siege) -> None:
     """Nothing lost, nothing twice, in Redis and before its witnesses; and no defect in any log."""
     async with siege.stack.buffer() as buffer:
-        audit = await buffer.audit_ledger(siege.stack.run_id)
-        report = run(
-            MILEPOST, "ledger", "--run", siege.stack.run_id, "--buffer", buffer.address, "--audit",
-            "--witness", siege.stack.run_dir,
-        )  # fmt: skip
+        audit, report = await siege.stack.audited(buffer)
     assert audit.problems == ()
     assert (audit.lost, audit.twice, audit.in_flight) == (0, 0, 0)
     assert audit.accepted == audit.trained

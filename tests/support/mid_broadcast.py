@@ -11,6 +11,7 @@ is in its middle.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -62,14 +63,17 @@ async def kill_one(
         async def fleet() -> dict[str, Engine]:
             return {e.engine_id: e for e in (await router.list_engines(stack.run_id)).engines}
 
-        async def held() -> dict[str, Engine]:
+        async def held() -> tuple[int, dict[str, Engine]]:
             return await _stop_in_broadcast(stack, router, engines=engines)
 
-        was = await caught("a broadcast to all engines", held, tries=40)
-        step = (await stack.stats(buffer)).committed_step
-        kill()
-        begun = time.monotonic()
-        os.kill(stack.service("trainer")["pid"], signal.SIGCONT)
+        trainer, was = await caught("a broadcast to all engines", held, tries=40)
+        try:
+            step = (await stack.stats(buffer)).committed_step
+            kill()
+            begun = time.monotonic()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what failed before is to be told
+                os.kill(trainer, signal.SIGCONT)
 
         async def given_up() -> bool:
             return all(e.state is not EngineState.UPDATING for e in (await fleet()).values())
@@ -93,7 +97,9 @@ async def kill_one(
     return Broken(given_up_s, trains_s, time.monotonic() - begun, again)
 
 
-async def _stop_in_broadcast(stack: Stack, router: RouterClient, *, engines: int) -> dict[str, Engine]:
+async def _stop_in_broadcast(
+    stack: Stack, router: RouterClient, *, engines: int
+) -> tuple[int, dict[str, Engine]]:
     """Stops the trainer while all engines wait for its bytes; raises `Missed` where it was too late."""
     trainer = (await stack.ready("trainer"))["pid"]
     await _all_updating(stack, router, engines=engines)
@@ -106,7 +112,7 @@ async def _stop_in_broadcast(stack: Stack, router: RouterClient, *, engines: int
     except BaseException:
         os.kill(trainer, signal.SIGCONT)
         raise
-    return found
+    return trainer, found
 
 
 async def _all_updating(stack: Stack, router: RouterClient, *, engines: int) -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from milepost import BufferClient
 from milepost.errors import MilepostError
-from milepost.types import LedgerRow, RunStats
+from milepost.types import AuditReport, LedgerRow, RunStats
 
 ROOT = Path(__file__).resolve().parents[2]
 ARITHMETIC = ROOT / "examples" / "arithmetic"
@@ -141,11 +141,23 @@ class Stack:
     async def finish(self, buffer: BufferClient, feeder: Feeder) -> None:
         """Ends the feeder, and waits until every prompt that was taken is accounted for."""
         await feeder.end(buffer)
+        await self.finished(buffer, within_s=READY_S)
+
+    async def finished(self, buffer: BufferClient, *, within_s: float) -> None:
+        """Waits until every prompt that was taken is accounted for, and none will follow."""
 
         async def finished() -> bool:
             return (await buffer.get_run(self.run_id)).finished
 
-        await until("the run is finished", finished, within_s=READY_S)
+        await until("the run is finished", finished, within_s=within_s)
+
+    async def audited(self, buffer: BufferClient) -> tuple[AuditReport, str]:
+        """The ledger's account, and what `milepost ledger --audit` says of it before all of its witnesses."""
+        told = run(
+            MILEPOST, "ledger", "--run", self.run_id, "--buffer", buffer.address, "--audit",
+            "--witness", self.run_dir,
+        )  # fmt: skip
+        return await buffer.audit_ledger(self.run_id), told
 
     async def order(self, buffer: BufferClient) -> dict[tuple[int, int], str]:
         """(step, position) -> prompt_id of every group in a step."""

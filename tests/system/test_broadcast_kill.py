@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mid_broadcast import kill_one
-from stack import ARITHMETIC, MILEPOST, READY_S, run
+from stack import ARITHMETIC, READY_S, run
 
 ENGINES, TIMEOUT_S = 3, 20.0
 
@@ -35,11 +35,7 @@ async def test_one_of_three_engines_dies_in_mid_broadcast_and_nothing_is_lost(
         assert "engine-1" in broken.restarted
         await stack.goes_on(buffer, steps=2)
         await stack.finish(buffer, feeder)
-        audit = await buffer.audit_ledger(stack.run_id)
-        told = run(
-            MILEPOST, "ledger", "--run", stack.run_id, "--buffer", buffer.address, "--audit",
-            "--witness", stack.run_dir,
-        )  # fmt: skip
+        audit, told = await stack.audited(buffer)
     assert audit.problems == ()
     assert (audit.accepted, audit.lost, audit.twice) == (audit.trained, 0, 0)
     assert "the audit closes" in told
