@@ -33,6 +33,7 @@ class Router:
         self.calls = 0
         self.standing: set[int] = set()
         self.headers: list[tuple[int, str]] = []
+        self.commits: list[bool] = []
         self.changed = asyncio.Condition()
         self.breaks = asyncio.Event()
         self.refuses = False
@@ -51,6 +52,7 @@ class Router:
                     reading.cancel()
                     raise Unavailable("it broke")
                 self.headers.append((number, reading.result().transaction_id))
+                self.commits.append(reading.result().commit)
                 if self.refuses:
                     raise Unavailable("it broke")
                 yield t.BucketAck(bucket_index=0, acks=(t.EngineAck(engine_id="e", ok=True),))
@@ -125,6 +127,7 @@ async def test_the_header_goes_out_by_the_stream_that_stood_before(router):
     assert (await sending.run(prepared("tx")))[0] == 1
     await router.stand()
     assert (router.calls, router.headers) == (1, [(1, "tx")])
+    assert router.commits == [True], "the commit goes with it"
 
 
 @pytest.mark.parametrize("other", ["run", "open", "close"])
