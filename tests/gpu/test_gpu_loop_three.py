@@ -1,7 +1,7 @@
 """A whole run with three engines in one NCCL group, one killed in mid-broadcast: nothing is lost.
 
 NCCL goes over sockets here, as between hosts without InfiniBand, and the model is a larger one: a broadcast
-lasts long enough to be caught in its middle. Over NVLink one of this size is through within a millisecond.
+lasts long enough to be caught in its middle. Over NVLink it would be through within a millisecond or so.
 """
 
 from __future__ import annotations

@@ -28,14 +28,13 @@ SGLANG: dict[str, Any] = {
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
 }
-"""For a model of 2 M parameters and answers of a few tokens."""
-
-
+"""For a small model and answers of a few tokens."""
 SMALL = ("--hidden", "256", "--layers", "2", "--heads", "4")
+"""2 million parameters."""
 
 
 def warm_start(folder: Path, *, prompts: int, shape: Sequence[str] = SMALL) -> Path:
-    """A model that is right three times in ten, as the small one is; its data beside it."""
+    """A model after 600 steps of SFT, the small one right three times in ten; its data beside it."""
     run(sys.executable, ARITHMETIC / "make_data.py", "--out", folder / "data", "--train", str(prompts))
     run(sys.executable, ARITHMETIC / "make_model.py", "--out", folder / "model", *shape)
     (folder / "sft").mkdir()

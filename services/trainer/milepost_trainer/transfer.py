@@ -83,15 +83,7 @@ class Transfer:
         return len(self._buckets), None
 
     async def _share(self, prepared: t.Prepared, weights: Mapping[str, torch.Tensor]) -> t.Committed | None:
-        header = t.BucketHeader(
-            transaction_id=prepared.transaction_id,
-            fleet_epoch=prepared.fleet_epoch,
-            bucket_index=0,
-            handles=await self._transport.share(prepared, self.manifest, weights),
-            size_bytes=self.size_bytes,
-            whole=True,
-            commit=True,
-        )
+        header = self._only_header(prepared, await self._transport.share(prepared, self.manifest, weights))
         async with self._stream(prepared.transaction_id) as stream:
             stream.put(header)
             ack = await stream.next()
@@ -100,20 +92,25 @@ class Transfer:
             return ack.committed
 
     async def _push(self, prepared: t.Prepared) -> t.Committed | None:
-        header = t.BucketHeader(
-            transaction_id=prepared.transaction_id,
-            fleet_epoch=prepared.fleet_epoch,
-            bucket_index=0,
-            handles=self._transport.announce(prepared, self._buckets, timeout_s=self._timeout_s),
-            size_bytes=self.size_bytes,
-            whole=True,
-            commit=True,
-        )
+        handles = self._transport.announce(prepared, self._buckets, timeout_s=self._timeout_s)
+        header = self._only_header(prepared, handles)
         async with self._stream(prepared.transaction_id) as stream:
             stream.put(header)
             ack = await _both(self._send_all(), _accepted(stream))
         self._transport.taken({member.engine_id for member in prepared.members})
         return ack.committed
+
+    def _only_header(self, prepared: t.Prepared, handles: tuple[t.HandlesOfEngine, ...]) -> t.BucketHeader:
+        """It stands for all weights, and takes the commit along."""
+        return t.BucketHeader(
+            transaction_id=prepared.transaction_id,
+            fleet_epoch=prepared.fleet_epoch,
+            bucket_index=0,
+            handles=handles,
+            size_bytes=self.size_bytes,
+            whole=True,
+            commit=True,
+        )
 
     async def _send_all(self) -> None:
         """Send bucket after bucket, gathering the next one while one is on its way; all are through then."""
